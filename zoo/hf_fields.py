@@ -1,0 +1,65 @@
+"""Fields of a ``config.json``, and the one error that all reading and writing of Hugging Face folders raises."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class HFError(ValueError):
+    """A Hugging Face folder that cannot be read, or a model that one cannot hold; the message is one line."""
+
+
+class Fields:
+    """Fields taken by name and type; faults name file, field and value. ``null`` is the same as absent."""
+
+    def __init__(self, raw: dict[str, Any], *, source: str) -> None:
+        self.raw = raw
+        self.source = source
+
+    def whole(self, key: str, *, absent: int | None = None) -> int:
+        """A whole number; without ``absent`` the field is required."""
+        value = absent if self.raw.get(key) is None else self.raw[key]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.fault(key, "a whole number")
+        return value
+
+    def number(self, key: str, *, absent: float | None = None) -> float:
+        """A number; without ``absent`` the field is required."""
+        value = absent if self.raw.get(key) is None else self.raw[key]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.fault(key, "a number")
+        return float(value)
+
+    def flag(self, key: str, *, absent: bool) -> bool:
+        """True or false."""
+        value = absent if self.raw.get(key) is None else self.raw[key]
+        if not isinstance(value, bool):
+            raise self.fault(key, "true or false")
+        return value
+
+    def fixed(self, key: str, only: object, *, absent: object) -> None:
+        """Refuse any value but ``only``; ``absent`` is what a missing field means."""
+        if self.raw.get(key, absent) != only:
+            raise self.fault(key, f"{json.dumps(only)}, which is all that is supported")
+
+    def fault(self, key: str, allowed: str) -> HFError:
+        """The error of a field that cannot be used."""
+        value = json.dumps(self.raw[key]) if key in self.raw else "absent"
+        return HFError(f"{self.source}: {key}={value}: must be {allowed}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        HFError: the file is missing, unreadable or no JSON object.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise HFError(f"{path}: no such file: must be in a folder of Hugging Face's layout") from error
+    except (OSError, ValueError) as error:
+        raise HFError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise HFError(f"{path}: must hold a JSON object")
+    return raw

@@ -1,0 +1,39 @@
+"""softmax(QKᵀ)V behind one signature."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.mask import Mask
+
+
+class Kernel(nn.Module):
+    """Scaled dot-product attention by torch; a module, so that context parallelism can put another in its place."""
+
+    def __init__(self, *, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """Attend.
+
+        Args:
+            q: (B, T, H, K).
+            k: (B, T, G, K), where G divides H.
+            v: (B, T, G, U); U need not be K.
+            mask: who sees whom.
+
+        Returns:
+            (B, T, H, U).
+        """
+        width = v.shape[-1]
+        if (
+            width < q.shape[-1]
+        ):  # torch's fused kernels want one width: padded zeros cost half of what its fallback does
+            v = F.pad(v, (0, q.shape[-1] - width))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        allowed = mask.dense
+        grouped = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=self.scale, enable_gqa=grouped
+        )
+        return y.transpose(1, 2)[..., :width]

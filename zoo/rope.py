@@ -1,0 +1,112 @@
+"""Rotary positions: each pair of dimensions turns by an angle that grows with the position.
+
+Source: arXiv 2104.09864; scaling for longer contexts: Llama 3.1 (github meta-llama/llama-models, apply_scaling) and
+YaRN (arXiv 2309.00071), with DeepSeek-V3's use of it (github deepseek-ai/DeepSeek-V3, inference/model.py).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoo.config import RopeConfig, RopeScalingConfig, Scaling
+
+
+@dataclass
+class Rotation:
+    """Cosines and sines of the positions of one batch, (B, T, 1, R/2) for R rotated dimensions."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotate (B, T, H, R).
+
+        Example with R = 4: halves apart, the pairs are (0, 2) and (1, 3); interleaved, (0, 1) and (2, 3).
+        """
+        if self.interleaved:
+            a, b = x[..., 0::2], x[..., 1::2]
+            return torch.stack([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1).flatten(-2)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1)
+
+
+def rotation(config: RopeConfig, *, positions: Tensor, dim: int, context: int, dtype: torch.dtype) -> Rotation:
+    """Angles in at least fp32, their cosines and sines in ``dtype``.
+
+    Args:
+        config: the rotary part of a mixer.
+        positions: (B, T), counted from the start of each document.
+        dim: how many dimensions of a head turn.
+        context: tokens the model is configured for; decides whether YaRN acts.
+        dtype: of the activations.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    turns = frequencies(config, dim=dim, context=context, device=positions.device).to(wide)
+    angles = positions[..., None, None].to(wide) * turns  # (B, T, 1, R/2)
+    factor = phase_factor(config, context=context)
+    return Rotation((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype), config.interleaved)
+
+
+def frequencies(config: RopeConfig, *, dim: int, context: int, device: torch.device) -> Tensor:
+    """Radians a position, (dim/2), fp32; made anew each time: a buffer would be lost when a meta model is emptied."""
+    plain = config.theta ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / -dim)
+    scaling = acting(config, context=context)
+    if scaling is None:
+        return plain
+    if scaling.kind is Scaling.llama3:
+        return _llama3(plain, scaling)
+    return _yarn(plain, scaling, dim=dim, theta=config.theta)
+
+
+def acting(config: RopeConfig, *, context: int) -> RopeScalingConfig | None:
+    """The scaling in force. YaRN acts only when the context exceeds the original one, which is DeepSeek's own rule."""
+    scaling = config.scaling
+    if scaling is not None and scaling.kind is Scaling.yarn and context <= scaling.original_context:
+        return None
+    return scaling
+
+
+def softmax_factor(config: RopeConfig, *, context: int) -> float:
+    """What multiplies the softmax scale: the square of YaRN's temperature (1.873854 for DeepSeek-V3), or 1."""
+    scaling = acting(config, context=context)
+    if scaling is None or scaling.kind is not Scaling.yarn:
+        return 1.0
+    return _temperature(scaling.factor, scaling.mscale_all_dim) ** 2
+
+
+def phase_factor(config: RopeConfig, *, context: int) -> float:
+    """What multiplies cosines and sines under YaRN; 1 for DeepSeek-V3, whose two mscales are equal."""
+    scaling = acting(config, context=context)
+    if scaling is None or scaling.kind is not Scaling.yarn:
+        return 1.0
+    return _temperature(scaling.factor, scaling.mscale) / _temperature(scaling.factor, scaling.mscale_all_dim)
+
+
+def _temperature(factor: float, mscale: float) -> float:
+    """YaRN, equation 22: 0.1 ln(factor) + 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _llama3(plain: Tensor, scaling: RopeScalingConfig) -> Tensor:
+    """Slow turns are divided by ``factor``, fast ones kept, those between blended."""
+    cycles = scaling.original_context * plain / (2 * math.pi)  # turns within the original context
+    if scaling.high == scaling.low:
+        return torch.where(cycles < scaling.low, plain / scaling.factor, plain)
+    keep = ((cycles - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return keep * plain + (1 - keep) * plain / scaling.factor
+
+
+def _yarn(plain: Tensor, scaling: RopeScalingConfig, *, dim: int, theta: float) -> Tensor:
+    """Pairs that turn more than ``high`` times in the original context are kept, fewer than ``low`` divided."""
+
+    def pair_turning(times: float) -> float:
+        return dim * math.log(scaling.original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    first = max(math.floor(pair_turning(scaling.high)), 0)
+    last = min(math.ceil(pair_turning(scaling.low)), dim - 1)
+    pairs = torch.arange(dim // 2, device=plain.device, dtype=plain.dtype)
+    divide = ((pairs - first) / (max(last - first, 0.001))).clamp(0, 1)
+    return plain / scaling.factor * divide + plain * (1 - divide)

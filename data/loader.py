@@ -1,0 +1,143 @@
+"""Micro-batches of one rank: global batch i is a function of (seed, i) alone, whoever reads it and since when."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.batch import Batch, assemble
+from data.config import DataConfig, Kind
+from data.errors import DataError
+from data.manifest import SPLITS, read_manifest
+from data.source import ShardSource
+from data.synthetic import SyntheticSource
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Rows of a global batch that one rank reads, ``micro_batch`` at a time."""
+
+    global_batch: int
+    first: int
+    n_rows: int
+    micro_batch: int
+
+
+class Loader:
+    """Endless iterator over the micro-batches of one rank.
+
+    Global batch i holds rows i·g … i·g + g - 1 of the endless sequence of epochs; rank r of w reads rows
+    r·g/w … (r+1)·g/w - 1 of it. Example, g = 4, w = 2, micro_batch 1: rank 1 reads rows 2, 3, then 6, 7, then 10, 11.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        global_batch: int,
+        micro_batch: int,
+        seq_len: int,
+        n_mtp: int = 0,
+        split: str = "train",
+        start: int = 0,
+    ) -> None:
+        """Open the data; start with global batch ``start``.
+
+        Args:
+            config: what to read.
+            seed: of the order, and of synthetic tokens.
+            rank: of this process among those that read different rows.
+            world_size: how many of those there are.
+            global_batch: rows of one update, all ranks together.
+            micro_batch: rows of one forward.
+            seq_len: tokens of a row.
+            n_mtp: depths of multi-token prediction.
+            split: train or validation, which is read in order.
+            start: number of the first global batch.
+
+        Raises:
+            DataError: The data is not whole or too small, or the batch cannot be divided.
+        """
+        if split not in SPLITS:
+            raise DataError(f"split={split}: must be one of {', '.join(SPLITS)}")
+        if seq_len < 1:
+            raise DataError(f"train.seq_len={seq_len}: must be 1 or more")
+        if micro_batch < 1 or global_batch < 1 or global_batch % (world_size * micro_batch):
+            raise DataError(
+                f"train.global_batch={global_batch}: must be a multiple of ranks × micro_batch "
+                f"({world_size} × {micro_batch})"
+            )
+        rows = global_batch // world_size
+        self._slice = _Slice(global_batch=global_batch, first=rank * rows, n_rows=rows, micro_batch=micro_batch)
+        self._n_mtp = n_mtp
+        self._source = _open(config, split=split, seq_len=seq_len, n_lookahead=1 + n_mtp, seed=seed)
+        self._batch = start
+        self._read = 0  # rows of the current global batch that this rank has handed out
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        """The next micro-batch of this rank.
+
+        Raises:
+            DataError: A block of a shard is damaged.
+        """
+        first = self._batch * self._slice.global_batch + self._slice.first + self._read
+        batch = self._rows(first, count=self._slice.micro_batch)
+        self._read += self._slice.micro_batch
+        if self._read == self._slice.n_rows:
+            self._batch, self._read = self._batch + 1, 0
+        return batch
+
+    @property
+    def n_rows(self) -> int | None:
+        """Rows in one pass over the split; null where it is endless."""
+        return self._source.n_windows if isinstance(self._source, ShardSource) else None
+
+    def rows(self, number: int) -> Batch:
+        """The whole global batch ``number``, the rows of all ranks; the iterator stays where it is."""
+        return self._rows(number * self._slice.global_batch, count=self._slice.global_batch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Number of the next whole global batch: one that is partly read is read again after a restart."""
+        return {"batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue with the global batch that ``state`` names."""
+        self._batch, self._read = state["batch"], 0
+
+    def _rows(self, first: int, *, count: int) -> Batch:
+        numbers = np.arange(first, first + count, dtype=np.uint64)
+        return assemble(self._source.read(numbers), n_mtp=self._n_mtp)
+
+
+def vocab_size(config: DataConfig) -> int:
+    """Number of tokens that the data may hold; a model's vocabulary must not be smaller.
+
+    Raises:
+        DataError: The folder of shards is not whole.
+    """
+    if config.kind is Kind.synthetic:
+        return _alphabet(config)
+    return read_manifest(_folder(config)).tokenizer.vocab_size
+
+
+def _open(
+    config: DataConfig, *, split: str, seq_len: int, n_lookahead: int, seed: int
+) -> ShardSource | SyntheticSource:
+    if config.kind is Kind.synthetic:
+        return SyntheticSource(_alphabet(config), split=split, n_tokens=seq_len + n_lookahead, seed=seed)
+    return ShardSource(_folder(config), split=split, seq_len=seq_len, n_lookahead=n_lookahead, seed=seed)
+
+
+def _alphabet(config: DataConfig) -> int:
+    assert config.vocab_size is not None, f"{config=}"
+    return config.vocab_size
+
+
+def _folder(config: DataConfig) -> str:
+    assert config.folder is not None, f"{config=}"
+    return config.folder

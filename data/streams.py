@@ -1,0 +1,62 @@
+"""All that one rank of a run reads: the facts of the corpus, the rows to train on and those to evaluate on."""
+
+from dataclasses import dataclass
+
+from data.batch import Batch
+from data.config import DataConfig
+from data.corpus import Corpus, open_corpus
+from data.loader import Loader
+from data.share import share
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Opened data.
+
+    Attributes:
+        corpus: vocabulary, tokenizer, entropy.
+        train: micro-batches without end.
+        validation: this rank's micro-batches of one evaluation, the same each time.
+    """
+
+    corpus: Corpus
+    train: Loader
+    validation: list[Batch]
+
+
+def open_streams(
+    config: DataConfig,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    global_batch: int,
+    micro_batch: int,
+    eval_rows: int,
+    seq_len: int,
+    n_mtp: int,
+) -> Streams:
+    """Open prepared data.
+
+    Args:
+        config: what to read.
+        seed: of the order of rows.
+        rank: of this process among those that read different rows.
+        world_size: how many of those there are.
+        global_batch: rows of one update, all ranks together.
+        micro_batch: rows of one forward.
+        eval_rows: rows of one evaluation, all ranks together; 0: none.
+        seq_len: tokens of a row.
+        n_mtp: depths of multi-token prediction.
+
+    Raises:
+        DataError: the data is missing, not whole, damaged or too small.
+    """
+    corpus = open_corpus(config)
+    rows = {"seed": seed, "seq_len": seq_len, "n_mtp": n_mtp}
+    part = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch}
+    train = Loader(config, global_batch=global_batch, **rows, **part)
+    if not eval_rows:
+        return Streams(corpus, train, [])
+    held_out = Loader(config, global_batch=eval_rows, split="validation", rank=0, world_size=1, micro_batch=1, **rows)
+    return Streams(corpus, train, share(held_out.rows(0), **part))

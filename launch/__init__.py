@@ -1,0 +1,1 @@
+"""Starting processes; no torch, so that it runs on a login node."""

@@ -1,0 +1,52 @@
+"""How a run ends: its exit status, one line for a user's error, and ``status.json`` for whoever watches."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REFUSED = 2  # exit status of what a user can correct
+OTHERS_WAIT = 3.0  # seconds
+
+
+@contextmanager
+def refusing(errors: tuple[type[Exception], ...], *, rank: int) -> Iterator[None]:
+    """Make an error of the given kinds one line on standard error and exit status 2."""
+    try:
+        yield
+    except errors as error:
+        if rank != 0:
+            # What is wrong for all, rank 0 says, and its launcher ends us; we speak when the fault is ours alone.
+            time.sleep(OTHERS_WAIT)
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(REFUSED)
+
+
+@contextmanager
+def outcome(run_dir: Path, *, rank: int) -> Iterator[None]:
+    """Keep ``<run_dir>/status.json`` true: running, then finished, or failed with the error's line."""
+    if rank != 0:
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _write(run_dir, outcome="running", message="")
+    try:
+        yield
+    except BaseException as error:
+        _write(run_dir, outcome="failed", message=one_line(error))
+        raise
+    _write(run_dir, outcome="finished", message="")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without line breaks, or its kind if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _write(run_dir: Path, *, outcome: str, message: str) -> None:
+    unfinished = run_dir / ".status.json"
+    unfinished.write_text(json.dumps({"outcome": outcome, "message": message, "time": time.time()}) + "\n")
+    os.replace(unfinished, run_dir / "status.json")

@@ -1,0 +1,50 @@
+"""Spread a model, then give its parts their values."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from parallel.config import Dtype, PrecisionConfig
+from parallel.fsdp import shard
+from parallel.mesh import Mesh
+from zoo.config import ModelConfig
+from zoo.decoder import Decoder
+from zoo.init import initial
+
+DTYPES = {Dtype.fp64: torch.float64, Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
+
+
+def build(config: ModelConfig, *, mesh: Mesh, precision: PrecisionConfig) -> Decoder:
+    """A spread model without values: made on the meta device, so that no rank ever holds all of it."""
+    params, compute = DTYPES[precision.params], DTYPES[precision.compute]
+    with torch.device("meta"):
+        model = Decoder(config).to(params)
+    model.compute_dtype = compute
+    if mesh.grid is not None:
+        shard(model, mesh, compute=compute, params=params)
+    model.to_empty(device=mesh.device)
+    for buffer in model.buffers():
+        buffer.zero_()
+    return model
+
+
+@torch.no_grad()
+def fill(targets: Mapping[str, Tensor], value: Callable[[str, torch.Size], Tensor]) -> None:
+    """Set tensors of a spread model from their whole values; each rank keeps its part, without communication.
+
+    Args:
+        targets: parameters or buffers by name.
+        value: gives the whole tensor of a name and shape.
+    """
+    for name, target in targets.items():
+        tensor = value(name, target.shape).to(device=target.device, dtype=target.dtype)
+        if isinstance(target, DTensor):
+            tensor = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
+        target.copy_(tensor)
+
+
+def fill_fresh(model: Decoder, *, seed: int) -> None:
+    """Initial values, the same under every plan."""
+    fill(dict(model.named_parameters()), lambda name, shape: initial(name, shape, config=model.config, seed=seed))

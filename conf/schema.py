@@ -1,0 +1,117 @@
+"""The shape of a run: every room's config under one root, checked before anything is built."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.config import DataConfig
+from parallel.config import ParallelConfig, PrecisionConfig, Sizes, accumulation, fit
+from trainer.config import CheckpointConfig, EngineConfig, LogConfig, OptimConfig, ScheduleConfig, TrainConfig
+from zoo.config import ModelConfig
+
+
+@dataclass
+class RunConfig:
+    """A run: architecture × data × plan × optimizer, and how it is recorded."""
+
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    train: TrainConfig = MISSING
+    optim: OptimConfig = MISSING
+    schedule: ScheduleConfig = MISSING
+    parallel: ParallelConfig = MISSING
+    precision: PrecisionConfig = MISSING
+    engine: EngineConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
+    log: LogConfig = MISSING
+    seed: int = MISSING
+    run_dir: str = MISSING
+
+
+class ConfigError(ValueError):
+    """A value that a user wrote and can correct, in one line."""
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name that ``conf/train.yaml`` asks for."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def resolve(cfg: DictConfig) -> RunConfig:
+    """Turn what Hydra composed into dataclasses; every ``__post_init__`` check runs here.
+
+    Raises:
+        ConfigError: a value is missing, ill-typed or not allowed.
+    """
+    try:
+        run = OmegaConf.to_object(cfg)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(run, RunConfig), f"{type(run)=}"
+    return run
+
+
+def check(run: RunConfig, *, world_size: int) -> Sizes:
+    """Everything that two parts of a run must agree on.
+
+    Returns:
+        The plan, fitted to the processes.
+
+    Raises:
+        ConfigError: parts that do not fit, by their keys.
+    """
+    try:
+        sizes = fit(run.parallel, world_size=world_size)
+        accumulation(global_batch=run.train.global_batch, micro_batch=run.train.micro_batch, dp=sizes.dp)
+        if run.train.seq_len > run.model.context:
+            raise ValueError(f"train.seq_len={run.train.seq_len}: must be at most model.context ({run.model.context})")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return sizes
+
+
+def check_vocabulary(run: RunConfig, *, tokens: int) -> None:
+    """Whether the model has a row for each of the tokenizer's ``tokens``.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if run.model.vocab_size < tokens:
+        raise ConfigError(f"model.vocab_size={run.model.vocab_size}: must be at least the tokenizer's {tokens}")
+
+
+def plain(run: RunConfig) -> dict[str, Any]:
+    """A run as plain values, for ``run.yaml`` and trackers."""
+    values = OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True)
+    assert isinstance(values, dict), f"{type(values)=}"
+    return {str(key): value for key, value in values.items()}
+
+
+def explain(error: Exception) -> str:
+    """One line for what Hydra or OmegaConf found: the key, the value and what is allowed."""
+    for cause in (error, error.__cause__):
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return _explain_key(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"\s+", " ", " ".join(lines))
+
+
+def _explain_key(error: OmegaConfBaseException) -> str:
+    key, first = error.full_key, str(error).splitlines()[0]
+    parent, _, name = key.rpartition(".")
+    allowed = list(error.parent_node) if isinstance(error.parent_node, DictConfig) else []
+    if "not in" in first and name not in allowed:
+        close = difflib.get_close_matches(name, [str(each) for each in allowed], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{key}: unknown key{hint} allowed in {parent or 'the root'}: {', '.join(map(str, allowed))}"
+    return f"{key}: {first}"
+
+
+USER_ERRORS = (HydraException, OmegaConfBaseException, ConfigError)
+"""What a wrong command line or file raises while a run is composed and checked."""

@@ -1,0 +1,79 @@
+"""Train a model: compose the run, build its parts, fit. Usage: python train.py model=llama3_tiny train.steps=100."""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from conf import schema
+from data.errors import DataError
+from data.prepare import ensure
+from data.streams import open_streams
+from launch.command import outcome, refusing
+from launch.world import World, hear_hydra, world
+from parallel.apply import build
+from parallel.config import Sizes, accumulation
+from parallel.mesh import open_mesh
+from trainer.checkpoint import Checkpoints
+from trainer.engine import TorchEngine
+from trainer.identity import identity
+from trainer.log import Log
+from trainer.loop import Diverged, Outputs, Recipe, Trainer
+from trainer.manifest import CheckpointError
+from trainer.metrics import Metrics
+from trainer.record import record
+from trainer.sample import Sampler
+from trainer.start import start
+from zoo.hf import HFError
+
+ERRORS = (*schema.USER_ERRORS, DataError, CheckpointError, HFError, Diverged)
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Check a run, then do it, or what is left of it."""
+    place = world()
+    with refusing(ERRORS, rank=place.rank):
+        run = schema.resolve(cfg)
+        sizes = schema.check(run, world_size=place.size)
+        with outcome(Path(run.run_dir), rank=place.rank):
+            train(run, sizes=sizes, place=place)
+
+
+def train(run: schema.RunConfig, *, sizes: Sizes, place: World) -> None:
+    """Build the parts of a run and fit (all axes)."""
+    t, folder = run.train, Path(run.run_dir)
+    mesh = open_mesh(sizes, rank=place.rank, local_rank=place.local_rank)
+    if mesh.rank == 0:
+        ensure(run.data)
+    mesh.barrier()
+    batches = {"global_batch": t.global_batch, "micro_batch": t.micro_batch, "seq_len": t.seq_len}
+    batches |= {"n_mtp": run.model.n_mtp, "eval_rows": t.eval_rows if t.eval_every else 0}
+    streams = open_streams(run.data, seed=run.seed, rank=mesh.dp_rank, world_size=sizes.dp, **batches)
+    schema.check_vocabulary(run, tokens=streams.corpus.vocab_size)
+
+    model = build(run.model, mesh=mesh, precision=run.precision)
+    engine = TorchEngine(model, mesh=mesh, train=t, optim_config=run.optim)
+    about = identity(run.model, tokenizer=streams.corpus.fingerprint)
+    ranks = {"rank": place.rank, "world_size": place.size}
+    checkpoints = Checkpoints(folder / "checkpoints", config=run.checkpoint, about=about, **ranks)
+    state = start(engine, checkpoints=checkpoints, stream=streams.train, seed=run.seed)
+
+    settings = schema.plain(run)
+    record(folder, settings=settings, tokenizer=streams.corpus.files, rank=mesh.rank)
+    metrics = Metrics(folder, rank=mesh.rank, step=state.step)
+    sampler = Sampler.of(streams.corpus.tokenizer, train=t, folder=folder / "samples", mesh=mesh)
+    facts = {"steps": t.steps, "settings": settings, "entropy": streams.corpus.unigram_entropy}
+    micro = accumulation(global_batch=t.global_batch, micro_batch=t.micro_batch, dp=sizes.dp)
+    with Log(run.log, run_dir=folder, rank=mesh.rank, **facts) as log:
+        outputs = Outputs(metrics, log, checkpoints, sampler)
+        recipe = Recipe(t, run.optim, run.schedule, accumulation=micro)
+        Trainer(engine, mesh=mesh, state=state, streams=streams, recipe=recipe, outputs=outputs).fit()
+    mesh.close()
+
+
+if __name__ == "__main__":
+    hear_hydra()
+    schema.register()
+    with refusing(ERRORS, rank=world().rank):
+        main()

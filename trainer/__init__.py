@@ -1,0 +1,1 @@
+"""One update after another: step, loss, optimizer, schedule, evaluation, checkpoints, metrics."""

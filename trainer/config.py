@@ -1,0 +1,148 @@
+"""How a model is trained: batches, optimizer, schedule, checkpoints, logging."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+
+def check(holds: bool, key: str, value: object, allowed: str) -> None:
+    """Raise the one-line ``ValueError`` of a value that a user can correct."""
+    if not holds:
+        raise ValueError(f"{key}={value}: must be {allowed}")
+
+
+@dataclass
+class TrainConfig:
+    """One run's updates. Batches are in rows of ``seq_len`` tokens."""
+
+    steps: int = MISSING
+    global_batch: int = MISSING  # rows of one update, over all ranks
+    micro_batch: int = MISSING  # rows of one forward
+    seq_len: int = MISSING
+    max_norm: float = MISSING  # gradients are clipped to this norm
+    mtp_weight: float = MISSING  # of the mean of the MTP losses
+    loss_chunk: int = MISSING  # tokens that have logits at one time
+    eval_every: int = MISSING  # updates between evaluations; 0: none
+    eval_rows: int = MISSING  # rows of one evaluation, the same each time
+    sample_tokens: int = MISSING  # tokens of the text sampled at an evaluation; 0: none
+    sample_prompt: str = MISSING
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "global_batch", "micro_batch", "seq_len", "loss_chunk", "eval_rows", "max_norm"):
+            check(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "above 0")
+        for key in ("mtp_weight", "eval_every", "sample_tokens"):
+            check(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
+
+
+class OptimKind(StrEnum):
+    """Optimizers."""
+
+    adamw = "adamw"
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, arXiv 1711.05101."""
+
+    kind: OptimKind = MISSING
+    lr: float = MISSING  # peak
+    weight_decay: float = MISSING  # of matrices
+    beta1: float = MISSING
+    beta2: float = MISSING
+    eps: float = MISSING
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, "optim.lr", self.lr, "above 0")
+        check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        for key in ("beta1", "beta2"):
+            check(0 <= getattr(self, key) < 1, f"optim.{key}", getattr(self, key), "from 0 up to, not including, 1")
+
+
+class ScheduleKind(StrEnum):
+    """Shapes of the learning rate."""
+
+    cosine = "cosine"
+    wsd = "wsd"  # warmup, stable, decay
+
+
+class Decay(StrEnum):
+    """How WSD goes down."""
+
+    linear = "linear"
+    sqrt = "sqrt"  # one minus the square root of the progress
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate's way from warmup to floor."""
+
+    kind: ScheduleKind = MISSING
+    warmup: int = MISSING  # updates
+    floor: float = MISSING  # last learning rate over the peak
+    decay: int = 0  # wsd: updates of the decay
+    decay_shape: Decay = Decay.linear  # wsd
+
+    def __post_init__(self) -> None:
+        check(self.warmup >= 0, "schedule.warmup", self.warmup, "0 or more")
+        check(0 <= self.floor <= 1, "schedule.floor", self.floor, "0 to 1")
+        check(self.decay >= 0, "schedule.decay", self.decay, "0 or more")
+
+
+class EngineKind(StrEnum):
+    """What runs the forward, backward and update."""
+
+    torch = "torch"
+
+
+@dataclass
+class EngineConfig:
+    """The engine."""
+
+    kind: EngineKind = MISSING
+
+
+@dataclass
+class CheckpointConfig:
+    """What of a run outlives a kill."""
+
+    every: int = MISSING  # updates between checkpoints; 0: only after the last update
+    keep: int = MISSING  # newest checkpoints that stay; 0: all
+    resume: str = MISSING  # auto: the newest of run_dir, if any; never; or a folder step-…
+    init: str | None = MISSING  # folder (step-… or Hugging Face) whose weights a fresh run starts from
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, "checkpoint.every", self.every, "0 or more")
+        check(self.keep >= 0, "checkpoint.keep", self.keep, "0 or more")
+        check(bool(self.resume), "checkpoint.resume", self.resume, "auto, never or a folder")
+        allowed = f"null where checkpoint.resume is a folder ({self.resume})"
+        check(self.init is None or self.resume in ("auto", "never"), "checkpoint.init", self.init, allowed)
+
+
+class Wandb(StrEnum):
+    """Where Weights & Biases keeps a run."""
+
+    offline = "offline"  # in <run_dir>/wandb, without network; `wandb sync` uploads it later
+    online = "online"  # falls back to offline, with a line saying so, where the server does not answer in a few seconds
+    disabled = "disabled"
+
+
+class CurveAxis(StrEnum):
+    """How steps are spread along the loss curve."""
+
+    linear = "linear"
+    log = "log"
+
+
+@dataclass
+class LogConfig:
+    """What a run shows while it goes."""
+
+    wandb: Wandb = MISSING
+    project: str = MISSING  # Weights & Biases project
+    every: float = MISSING  # seconds between plain progress lines where the console is no terminal
+    curve: CurveAxis = MISSING  # horizontal axis of plots/loss.png
+
+    def __post_init__(self) -> None:
+        check(self.every > 0, "log.every", self.every, "above 0")
+        check(bool(self.project), "log.project", self.project, "not empty")

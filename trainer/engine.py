@@ -1,0 +1,100 @@
+"""What a step needs of an engine: gradients of a global batch, an update, and the state to store. The torch engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from parallel import reduce
+from parallel.fsdp import sync_gradients
+from parallel.mesh import Mesh
+from trainer import optim
+from trainer.config import OptimConfig, TrainConfig
+from trainer.loss import cross_entropy
+from trainer.stream import Batch
+from zoo.decoder import Decoder, Objective
+
+
+@dataclass
+class Counts:
+    """What divides the losses of one update, over all ranks.
+
+    Attributes:
+        targets: (1 + n_mtp,), predictions to make: main, then each depth.
+        rows: scalar, rows of the global batch.
+    """
+
+    targets: Tensor
+    rows: Tensor
+
+
+@dataclass
+class Terms:
+    """Losses of one update, means over the global batch, the same on every rank.
+
+    Attributes:
+        losses: (1 + n_mtp,), nats a target: main, then each depth.
+        balance: scalar, the sum of all layers' balance losses.
+    """
+
+    losses: Tensor
+    balance: Tensor
+
+
+class TorchEngine:
+    """Plain torch, with FSDP2 where the model was spread by it."""
+
+    def __init__(self, model: Decoder, *, mesh: Mesh, train: TrainConfig, optim_config: OptimConfig) -> None:
+        self.model = model
+        self.mesh = mesh
+        self.optimizer = optim.build(model, optim_config)
+        self.loss = partial(cross_entropy, chunk=train.loss_chunk)
+        depths = model.config.n_mtp
+        each = [train.mtp_weight / depths] * depths if depths else []
+        self.weights = torch.tensor([1.0, *each], dtype=torch.float64, device=mesh.device)
+
+    def forward_backward(self, batches: Sequence[Batch], counts: Counts) -> Terms:
+        """Add the gradients of every micro-batch (parameters over dp_shard, gradients over dp, losses over dp)."""
+        total = torch.zeros_like(counts.targets)
+        for i, batch in enumerate(batches):
+            sync_gradients(self.model, now=i == len(batches) - 1)
+            losses = self.losses(batch, rows=counts.rows) / counts.targets.clamp(min=1)
+            (losses * self.weights).sum().backward()
+            total += losses.detach()
+        routers = self.model.routers().values()
+        balance = sum((router.balance_value for router in routers), start=torch.zeros_like(total[0]))
+        reduced = reduce.total(torch.cat([total, balance[None].to(total.dtype)]), self.mesh)
+        return Terms(reduced[:-1], reduced[-1])
+
+    def losses(self, batch: Batch, *, rows: Tensor | None) -> Tensor:
+        """(1 + n_mtp,) summed losses of one micro-batch of this rank (parameters over dp_shard)."""
+        batch = batch.to(self.mesh.device)
+        objective = Objective(batch.targets, batch.mtp_tokens, batch.mtp_targets, rows, self.loss)
+        return self.model(batch.tokens, positions=batch.positions, documents=batch.documents, objective=objective)
+
+    def update(self, *, max_norm: float) -> Tensor:
+        """Clip, step, forget the gradients; the gradient norm before clipping (norm over dp_shard)."""
+        gradients = reduce.gradients(self.model)
+        norm = reduce.norm(gradients, self.mesh)
+        reduce.clip(gradients, norm=norm, max_norm=max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def state(self) -> dict[str, object]:
+        """The live tensors that a checkpoint holds and is read into."""
+        return {"model": self.model.state_dict(), "optimizer": optim.state(self.model, self.optimizer)}
+
+
+def count(batches: Sequence[Batch], mesh: Mesh) -> Counts:
+    """Count targets and rows of the global batch (one all-reduce over dp)."""
+    wide = torch.float64  # exact to 2^53 targets
+    main = sum(int((batch.targets >= 0).sum()) for batch in batches)
+    depths = sum((batch.mtp_targets >= 0).sum(dim=(0, 2)) for batch in batches)
+    rows = sum(batch.tokens.shape[0] for batch in batches)
+    assert isinstance(depths, Tensor), f"{len(batches)=}"
+    numbers = torch.tensor([main, *depths.tolist(), rows], dtype=wide, device=mesh.device)
+    reduced = reduce.total(numbers, mesh)
+    return Counts(reduced[:-1], reduced[-1])

@@ -1,0 +1,74 @@
+"""Checkpoints to and from Hugging Face folders: ``python -m trainer.hf import|export FROM TO``."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.checkpoint import Checkpoints
+from trainer.config import CheckpointConfig
+from trainer.identity import identity, plain
+from trainer.manifest import CheckpointError
+from trainer.record import TOKENIZER
+from trainer.start import stored_config
+from trainer.stored import read_tensors
+from zoo import hf
+
+
+def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Write the model of a ``step-…`` folder for transformers, with the tokenizer's files of its run.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole.
+        HFError: transformers has no class for the model, or the folder is occupied.
+    """
+    config = stored_config(checkpoint)
+    tensors = read_tensors(checkpoint, under="model")
+    files = sorted((checkpoint.parent.parent / TOKENIZER).glob("*"))
+    hf.write(config, tensors.__getitem__, folder=folder, tokenizer=files, replace=True)
+
+
+def import_checkpoint(folder: Path, checkpoint: Path) -> None:
+    """Write the model of a Hugging Face folder as a checkpoint without optimizer, for ``checkpoint.init``.
+
+    Raises:
+        CheckpointError: ``checkpoint`` is no name of one, or cannot be written.
+        HFError: the folder is damaged or holds what the zoo does not build.
+    """
+    match = re.fullmatch(r"step-(\d{8,})", checkpoint.name)
+    if match is None:
+        raise CheckpointError(f"{checkpoint}: the name must be step- and eight digits, such as step-00000000")
+    config = hf.read_config(folder)
+    state = {"model": dict(hf.tensors(folder, config=config))}
+    settings = CheckpointConfig(every=0, keep=0, resume="never", init=None)
+    about = identity(config, tokenizer="")
+    writer = Checkpoints(checkpoint.parent, config=settings, rank=0, world_size=1, about=about)
+    writer.save(int(match[1]), state, progress={"model": plain(config)})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.hf", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    into = commands.add_parser("import", help="Hugging Face folder to checkpoint")
+    into.add_argument("folder", type=Path, metavar="HF_FOLDER")
+    into.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step-00000000 folder to make")
+    out = commands.add_parser("export", help="checkpoint to Hugging Face folder")
+    out.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step-… folder")
+    out.add_argument("folder", type=Path, metavar="HF_FOLDER")
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "export":
+            export_checkpoint(given.checkpoint, given.folder)
+        else:
+            import_checkpoint(given.folder, given.checkpoint)
+    except (CheckpointError, hf.HFError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(given.folder if given.command == "export" else given.checkpoint)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

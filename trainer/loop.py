@@ -1,0 +1,125 @@
+"""One update after another."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from parallel.mesh import Mesh
+from trainer import balance, optim, schedule
+from trainer.checkpoint import Checkpoints
+from trainer.config import OptimConfig, ScheduleConfig, TrainConfig
+from trainer.engine import Terms, TorchEngine, count
+from trainer.evaluate import evaluate
+from trainer.identity import plain
+from trainer.log import Log
+from trainer.metrics import Metrics
+from trainer.sample import Sampler
+from trainer.state import State
+from trainer.stream import Batch, Streams
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How updates are made; ``accumulation`` is the number of micro-batches that this rank adds up for one."""
+
+    train: TrainConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    accumulation: int
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a run's results go: a line an update, what is shown, whole states, and text at evaluations (or None)."""
+
+    metrics: Metrics
+    log: Log
+    checkpoints: Checkpoints
+    sampler: Sampler | None
+
+
+class Trainer:
+    """Holds what changes during a run; ``fit`` reads top to bottom."""
+
+    def __init__(
+        self, engine: TorchEngine, *, mesh: Mesh, state: State, streams: Streams, recipe: Recipe, outputs: Outputs
+    ) -> None:
+        self.engine = engine
+        self.mesh = mesh
+        self.state = state
+        self.streams = streams
+        self.recipe = recipe
+        self.outputs = outputs
+
+    def fit(self) -> None:
+        """Train until all updates are done (all axes)."""
+        out, config = self.outputs, self.recipe.train
+        stream = iter(self.streams.train)
+        while self.state.step < config.steps:
+            out.metrics.start(tokens=self.state.tokens)
+            self.step(stream)
+            if config.eval_every and self._due(config.eval_every):
+                self._evaluate()
+            out.log.row(out.metrics.write())
+            if self._due(out.checkpoints.config.every):
+                self._save()
+        out.metrics.close()
+
+    def step(self, stream: Iterator[Batch]) -> None:
+        """One update (counts and losses over dp, gradients by the engine, norm over the mesh, loads over dp)."""
+        batches = [next(stream) for _ in range(self.recipe.accumulation)]
+        counts = count(batches, self.mesh)
+        terms = self.engine.forward_backward(batches, counts)
+        factor = schedule.factor(self.recipe.schedule, step=self.state.step, steps=self.recipe.train.steps)
+        lr = self.recipe.optim.lr * factor
+        optim.set_lr(self.engine.optimizer, lr)
+        norm = self.engine.update(max_norm=self.recipe.train.max_norm)
+        loads = balance.update(self.engine.model, self.mesh)
+        self.state.advance(tokens=self.recipe.train.global_batch * self.recipe.train.seq_len)
+        self._record(terms, norm=norm, loads=loads, lr=lr)
+
+    def _record(self, terms: Terms, *, norm: Tensor, loads: Tensor | None, lr: float) -> None:
+        tensors = {"loss": terms.losses[0], "grad_norm": norm}
+        if len(terms.losses) > 1:
+            tensors["mtp_loss"] = terms.losses[1:].mean()
+        if loads is not None:
+            tensors["balance_loss"] = terms.balance
+            tensors["expert_load_max"] = (loads.amax(dim=1) / loads.mean(dim=1)).amax()
+        done = self.state
+        values = self.outputs.metrics.add(step=done.step, tokens=done.tokens, tensors=tensors, numbers={"lr": lr})
+        guard(values, step=done.step)
+
+    def _evaluate(self) -> None:
+        loss = evaluate(self.engine, self.streams.validation, self.mesh)
+        self.outputs.metrics.merge({"val_loss": loss})
+        if self.outputs.sampler is not None:
+            self.outputs.sampler.write(self.engine.model, step=self.state.step)
+
+    def _save(self) -> None:
+        progress = {
+            "state": asdict(self.state),
+            "stream": self.streams.train.state_dict(),
+            "model": plain(self.engine.model.config),
+        }
+        self.outputs.checkpoints.save(self.state.step, self.engine.state(), progress=progress)
+
+    def _due(self, every: int) -> bool:
+        """Every so many updates (0: never), and after the last."""
+        return self.state.step == self.recipe.train.steps or (every > 0 and self.state.step % every == 0)
+
+
+class Diverged(ArithmeticError):
+    """A loss or gradient norm that is no number: the update that made it is in no checkpoint."""
+
+
+def guard(values: dict[str, float], *, step: int) -> None:
+    """Stop a run whose numbers are lost; every rank sees the same ones.
+
+    Raises:
+        Diverged: the loss or the gradient norm is infinite or not a number.
+    """
+    for key in ("loss", "grad_norm"):
+        if not math.isfinite(values[key]):
+            raise Diverged(f"step {step}: {key} is {values[key]}; no checkpoint was made of it")

@@ -1,0 +1,80 @@
+"""Where a run starts: from drawn weights, from the weights of a folder, or where a checkpoint left off."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parallel.apply import fill, fill_fresh
+from trainer import manifest
+from trainer.checkpoint import Checkpoints
+from trainer.engine import TorchEngine
+from trainer.identity import from_plain, identity
+from trainer.manifest import CheckpointError
+from trainer.state import State
+from trainer.stored import read_tensors
+from trainer.stream import Stream
+from zoo import hf
+from zoo.config import ModelConfig
+from zoo.decoder import Decoder
+
+
+def start(engine: TorchEngine, *, checkpoints: Checkpoints, stream: Stream, seed: int) -> State:
+    """Give model, optimizer and stream their values, as ``checkpoint.resume`` and ``checkpoint.init`` say (all axes).
+
+    Raises:
+        CheckpointError: a checkpoint is damaged or holds another model.
+        HFError: a Hugging Face folder does, or is none.
+    """
+    progress = checkpoints.restore(engine.state())
+    if progress is not None:
+        stream.load_state_dict(progress["stream"])
+        return State(**progress["state"])
+    if checkpoints.config.init is None:
+        fill_fresh(engine.model, seed=seed)
+    else:
+        fill_from(engine.model, Path(checkpoints.config.init))
+    return State()
+
+
+def fill_from(model: Decoder, folder: Path) -> None:
+    """Set all weights, and routers' biases, from a ``step-…`` or Hugging Face folder.
+
+    Raises:
+        CheckpointError: the folder is damaged, is neither, or holds another model.
+        HFError: the Hugging Face folder is damaged or holds what the zoo does not build.
+    """
+    if (folder / manifest.NAME).is_file():
+        _check_same(folder, model.config, stored_config(folder))
+        stored = read_tensors(folder, under="model")
+    elif (folder / hf.CONFIG).is_file():
+        config = hf.read_config(folder)
+        _check_same(folder, model.config, config)
+        stored = hf.tensors(folder, config=config)
+    else:
+        raise CheckpointError(
+            f"checkpoint.init={folder}: must be a step-… folder (with {manifest.NAME}) or a Hugging Face folder (with "
+            f"{hf.CONFIG})"
+        )
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        return stored[name]
+
+    fill(model.state_dict(), value)
+
+
+def stored_config(folder: Path) -> ModelConfig:
+    """The whole config of the model in a ``step-…`` folder.
+
+    Raises:
+        CheckpointError: the folder is not a whole checkpoint.
+    """
+    return from_plain(manifest.read(folder).progress["model"])
+
+
+def _check_same(folder: Path, wanted: ModelConfig, found: ModelConfig) -> None:
+    """Weights mean something under their own architecture only; how long its context is set does not matter here."""
+    ours, theirs = (identity(config, tokenizer="")["model"] for config in (wanted, found))
+    difference = manifest.first_difference({**theirs, "context": 0}, {**ours, "context": 0}, key="model")
+    if difference is not None:
+        raise CheckpointError(f"checkpoint.init={folder}: holds another model: {difference}")

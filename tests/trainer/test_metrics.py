@@ -1,0 +1,93 @@
+"""metrics.jsonl: exact numbers, one line an update, also after a kill."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from trainer.metrics import FILE, Metrics, cut, read, to_floats
+
+
+def record(metrics, *, step, loss=1.0, more=None):
+    metrics.start(tokens=(step - 1) * 64)
+    tensors = {"loss": torch.tensor(loss, dtype=torch.float64), "grad_norm": torch.tensor(0.5)}
+    values = metrics.add(step=step, tokens=step * 64, tensors=tensors, numbers={"lr": 1e-3})
+    metrics.merge(more or {})
+    metrics.write()
+    return values
+
+
+def test_a_line_has_the_contract_s_keys_first_and_numbers_to_the_last_bit(tmp_path):
+    metrics = Metrics(tmp_path, rank=0, step=0)
+    loss = math.pi / 3
+    record(metrics, step=1, loss=loss, more={"val_loss": 1 / 3})
+    line = json.loads((tmp_path / FILE).read_text())
+    assert list(line) == ["step", "tokens", "loss", "grad_norm", "lr", "seconds", "tokens_per_second", "val_loss"]
+    assert (line["loss"], line["val_loss"], line["tokens"]) == (loss, 1 / 3, 64)
+
+
+def test_every_line_is_in_the_file_as_soon_as_it_is_written(tmp_path):
+    metrics = Metrics(tmp_path, rank=0, step=0)
+    for step in (1, 2):
+        record(metrics, step=step)
+        assert [row["step"] for row in read(tmp_path / FILE)] == list(range(1, step + 1))
+
+
+def test_evaluation_between_updates_is_in_no_speed(tmp_path):
+    metrics = Metrics(tmp_path, rank=0, step=0)
+    record(metrics, step=1)
+    time.sleep(0.3)
+    record(metrics, step=2)
+    last = read(tmp_path / FILE)[-1]
+    assert last["seconds"] < 0.3
+    assert last["tokens_per_second"] == 64 / last["seconds"]
+
+
+def test_other_ranks_get_the_values_and_write_nothing(tmp_path):
+    metrics = Metrics(tmp_path / "run", rank=1, step=0)
+    assert record(metrics, step=1, loss=2.0) == {"loss": 2.0, "grad_norm": 0.5}
+    metrics.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_cuts_the_updates_that_will_be_made_again(tmp_path):
+    metrics = Metrics(tmp_path, rank=0, step=0)
+    for step in range(1, 6):
+        record(metrics, step=step, loss=float(step))
+    before = (tmp_path / FILE).read_bytes().splitlines()[:3]
+    metrics = Metrics(tmp_path, rank=0, step=3)
+    assert (tmp_path / FILE).read_bytes().splitlines() == before
+    record(metrics, step=4, loss=40.0)
+    assert [row["loss"] for row in read(tmp_path / FILE)] == [1.0, 2.0, 3.0, 40.0]
+
+
+def test_a_line_torn_by_a_kill_is_neither_read_nor_kept(tmp_path):
+    file = tmp_path / FILE
+    file.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
+    assert read(file) == [{"step": 1, "loss": 2.5}]
+    cut(file, after=9)
+    assert file.read_text() == '{"step": 1, "loss": 2.5}\n'
+
+
+@pytest.mark.parametrize("damage", ["not json", "[1]", "{}", "3"])
+def test_a_damaged_line_is_named(tmp_path, damage):
+    file = tmp_path / FILE
+    file.write_text(f'{{"step": 1}}\n{damage}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: must be a JSON object with a step"):
+        read(file)
+
+
+def test_no_file_is_no_lines(tmp_path):
+    assert read(tmp_path / FILE) == []
+
+
+def test_narrow_numbers_and_infinities_arrive_exactly():
+    tensors = {
+        "half": torch.tensor(0.1, dtype=torch.bfloat16),
+        "count": torch.tensor([2**40]),
+        "inf": torch.tensor(math.inf),
+    }
+    assert to_floats(tensors) == {"half": 0.10009765625, "count": float(2**40), "inf": math.inf}
+    assert to_floats({}) == {}

@@ -26,7 +26,7 @@ from trainer.sample import Sampler
 from trainer.start import start
 from zoo.hf import HFError
 
-ERRORS = (*schema.USER_ERRORS, DataError, CheckpointError, HFError, Diverged)
+ERRORS = (*schema.USER_ERRORS, DataError, CheckpointError, HFError, Diverged, OSError)
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train")
@@ -63,9 +63,9 @@ def train(run: schema.RunConfig, *, sizes: Sizes, place: World) -> None:
     record(folder, settings=settings, tokenizer=streams.corpus.files, rank=mesh.rank)
     metrics = Metrics(folder, rank=mesh.rank, step=state.step)
     sampler = Sampler.of(streams.corpus.tokenizer, train=t, folder=folder / "samples", mesh=mesh)
-    facts = {"steps": t.steps, "settings": settings, "entropy": streams.corpus.unigram_entropy}
+    entropy = streams.corpus.unigram_entropy
     micro = accumulation(global_batch=t.global_batch, micro_batch=t.micro_batch, dp=sizes.dp)
-    with Log(run.log, run_dir=folder, rank=mesh.rank, **facts) as log:
+    with Log(run.log, run_dir=folder, rank=mesh.rank, steps=t.steps, settings=settings, entropy=entropy) as log:
         outputs = Outputs(metrics, log, checkpoints, sampler)
         recipe = Recipe(t, run.optim, run.schedule, accumulation=micro)
         Trainer(engine, mesh=mesh, state=state, streams=streams, recipe=recipe, outputs=outputs).fit()

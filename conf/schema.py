@@ -1,7 +1,6 @@
 """The shape of a run: every room's config under one root, checked before anything is built."""
 
 import difflib
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,23 +92,23 @@ def plain(run: RunConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def explain(error: Exception) -> str:
-    """One line for what Hydra or OmegaConf found: the key, the value and what is allowed."""
+def explain(error: BaseException) -> str:
+    """An error in one line; for what Hydra or OmegaConf found: the key, the value and what is allowed."""
     for cause in (error, error.__cause__):
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return _explain_key(cause)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"\s+", " ", " ".join(lines))
+    said = str(error).partition("Config search path")[0]  # of a choice that no file has; the choices come before
+    return " ".join(said.split()) or type(error).__name__
 
 
 def _explain_key(error: OmegaConfBaseException) -> str:
-    key, first = error.full_key, str(error).splitlines()[0]
+    key, first = str(error.full_key), str(error).splitlines()[0]
     parent, _, name = key.rpartition(".")
-    allowed = list(error.parent_node) if isinstance(error.parent_node, DictConfig) else []
+    allowed = [str(each) for each in error.parent_node or [] if each != "hydra"]
     if "not in" in first and name not in allowed:
-        close = difflib.get_close_matches(name, [str(each) for each in allowed], n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{key}: unknown key{hint} allowed in {parent or 'the root'}: {', '.join(map(str, allowed))}"
+        close = difflib.get_close_matches(name, allowed, n=1)
+        hint = f", did you mean {close[0]}?" if close else ";"
+        return f"{key}: unknown key{hint} allowed in {parent or 'the root'}: {', '.join(allowed)}"
     return f"{key}: {first}"
 
 

@@ -61,6 +61,7 @@ def prepare(config: PrepareConfig, *, renew: bool = False, wait: bool = False) -
             manifest = read_manifest(folder)
             check_same(manifest.settings, asked=settings, folder=folder)
             check_files(folder, splits=manifest.splits, dtype=manifest.dtype)
+            _end(folder)
             return manifest
         progress = read_progress(folder) or begin(folder, settings=settings)
         check_same(progress.settings, asked=settings, folder=folder)
@@ -245,9 +246,14 @@ def _write(config: PrepareConfig, *, source: Source, folder: Path, progress: Pro
         splits=splits,
     )
     manifest.write(folder)
-    with writing(folder / PROGRESS):
-        (folder / PROGRESS).unlink()
+    _end(folder)
     return manifest
+
+
+def _end(folder: Path) -> None:
+    """Remove what only an unfinished folder needs."""
+    with writing(folder / PROGRESS):
+        (folder / PROGRESS).unlink(missing_ok=True)
 
 
 def _tokenize(

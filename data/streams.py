@@ -53,10 +53,28 @@ def open_streams(
         DataError: the data is missing, not whole, damaged or too small.
     """
     corpus = open_corpus(config)
-    rows = {"seed": seed, "seq_len": seq_len, "n_mtp": n_mtp}
-    part = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch}
-    train = Loader(config, global_batch=global_batch, **rows, **part)
+    train = Loader(
+        config,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        seq_len=seq_len,
+        n_mtp=n_mtp,
+    )
     if not eval_rows:
         return Streams(corpus, train, [])
-    held_out = Loader(config, global_batch=eval_rows, split="validation", rank=0, world_size=1, micro_batch=1, **rows)
-    return Streams(corpus, train, share(held_out.rows(0), **part))
+    held_out = Loader(
+        config,
+        seed=seed,
+        rank=0,
+        world_size=1,
+        global_batch=eval_rows,
+        micro_batch=1,
+        seq_len=seq_len,
+        n_mtp=n_mtp,
+        split="validation",
+    )
+    part = share(held_out.rows(0), rank=rank, world_size=world_size, micro_batch=micro_batch)
+    return Streams(corpus, train, part)

@@ -64,7 +64,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.eos = self._model.eos_id() if eos is None else self._model.piece_to_id(eos)
         if self.eos < 0 or (eos is not None and self.eos == self._model.unk_id()):
-            raise _no_eos(path, eos)
+            raise _no_eos(path, eos=eos)
         # A model that puts a space before every text cannot encode a text in parts
         dummy_prefix = self._model.encode("a", out_type=str)[0].startswith(SPACE)
         spelled = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
@@ -101,7 +101,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.files = [path, settings] if settings.is_file() else [path]
         try:
             self._model = tokenizers.Tokenizer.from_str(_read(path).decode())
-        except Exception as error:  # noqa: B902 - the library raises bare Exception for what it cannot parse
+        except Exception as error:  # the library raises nothing narrower
             raise DataError(f"{path}: is no tokenizer.json: {error}") from error
         self._model.no_padding()
         self._model.no_truncation()
@@ -110,7 +110,7 @@ class HuggingFaceTokenizer(Tokenizer):
         token = eos or (_declared_eos(settings) if settings.is_file() else None)
         number = self._model.token_to_id(token) if token else None
         if number is None:
-            raise _no_eos(path, token)
+            raise _no_eos(path, eos=token)
         self.eos = number
 
     def encode_batch(self, texts: Sequence[str], *, threads: int) -> list[list[int]]:
@@ -147,7 +147,7 @@ class TiktokenTokenizer(Tokenizer):
         self.vocab_size = self._model.n_vocab
         token = eos or "<|endoftext|>"  # the library's own name for it, Encoding.eot_token
         if token not in special:
-            raise _no_eos(path, token)
+            raise _no_eos(path, eos=token)
         self.eos = special[token]
 
     def encode_batch(self, texts: Sequence[str], *, threads: int) -> list[list[int]]:
@@ -200,5 +200,5 @@ def _declared_eos(settings: Path) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _no_eos(path: Path, eos: str | None) -> DataError:
+def _no_eos(path: Path, *, eos: str | None) -> DataError:
     return DataError(f"tokenizer.eos={eos}: must name the token of {path} that ends a document")

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from conf.schema import explain
+
 REFUSED = 2  # exit status of what a user can correct
 OTHERS_WAIT = 3.0  # seconds
 
@@ -21,7 +23,7 @@ def refusing(errors: tuple[type[Exception], ...], *, rank: int) -> Iterator[None
         if rank != 0:
             # What is wrong for all, rank 0 says, and its launcher ends us; we speak when the fault is ours alone.
             time.sleep(OTHERS_WAIT)
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(REFUSED)
 
 
@@ -36,14 +38,9 @@ def outcome(run_dir: Path, *, rank: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _write(run_dir, outcome="failed", message=one_line(error))
+        _write(run_dir, outcome="failed", message=explain(error))
         raise
     _write(run_dir, outcome="finished", message="")
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text without line breaks, or its kind if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _write(run_dir: Path, *, outcome: str, message: str) -> None:

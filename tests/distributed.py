@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -103,7 +103,7 @@ def run(
     return [pickle.loads(answer) for _, answer in answers]
 
 
-def _collect(processes: list[BaseProcess], *, pipes: list[Connection], deadline: float) -> list[Any]:
+def _collect(processes: Sequence[BaseProcess], *, pipes: list[Connection], deadline: float) -> list[Any]:
     """Wait for every process or the deadline, and leave none alive.
 
     Returns:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
 from zoo.config import ModelConfig
@@ -12,7 +12,9 @@ from zoo.hf_config import render
 from zoo.hf_names import mtp_prefix, places
 
 
-def reference_of(config: ModelConfig, state: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32) -> nn.Module:
+def reference_of(
+    config: ModelConfig, state: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """Transformers' model of ``config``, filled with ``state``, tensors by our names."""
     fields = AutoConfig.for_model(**render(config))
     model = AutoModelForCausalLM.from_config(fields, dtype=dtype, attn_implementation="eager")
@@ -32,7 +34,7 @@ def ours_of(config: ModelConfig, theirs: Mapping[str, Tensor]) -> dict[str, Tens
     return _unpacked(config, theirs, {name for name in places(config) if not name.startswith("mtp.")})
 
 
-def mtp_of(main: nn.Module, config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Module:
+def mtp_of(main: PreTrainedModel, config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Module:
     """Transformers' multi-token modules beside its main model."""
     packed = _packed(config, {name: tensor for name, tensor in state.items() if name.startswith("mtp.")})
     model = MtpModel(main, config.n_mtp)

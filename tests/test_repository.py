@@ -7,6 +7,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+
+from conf import schema
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("zoo", "data", "parallel", "trainer", "planner", "survey", "launch", "conf", "benchmarks")
@@ -14,6 +17,8 @@ CODE = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINES, FUNCTION = 300, 60
+CHOICES = sorted(file for group in (ROOT / "conf").iterdir() if group.is_dir() for file in group.glob("*.yaml"))
+NEEDED = {"shards": ["data.folder=shards/mine"]}  # what a choice leaves to the command line
 
 
 def name(file):
@@ -109,6 +114,17 @@ def test_no_file_knows_a_machine():
     # a home, a checkout or a package index of one place; PATH=/path/to/… in an example is none
     machine = re.compile(r"(?<![\w.])/(home|root|Users|work|mnt|opt)/\w|" + r"pypi\." + r"org|pythonhosted" + r"\.org")
     assert not [name(file) for file, text in texts() if machine.search(text)]
+
+
+@pytest.mark.parametrize("file", CHOICES, ids=name)
+def test_every_choice_makes_a_run(file):
+    schema.register()
+    words = [f"{file.parent.name}={file.stem}", "run_dir=runs/test"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        run = schema.resolve(compose("train", overrides=[*words, *NEEDED.get(file.stem, [])]))
+    assert run.train.steps > 0
+    if file.parent.name == "model":
+        assert file.read_text().startswith("#"), "opens with what is unusual about it, and its source"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

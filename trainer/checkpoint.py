@@ -17,8 +17,7 @@ from torch import Tensor
 from trainer import manifest, stored
 from trainer.agree import Ranks
 from trainer.config import CheckpointConfig
-from trainer.durable import sync_folder
-from trainer.manifest import CheckpointError, Manifest
+from trainer.manifest import CheckpointError, Manifest, sync_folder
 from trainer.tree import fill, flatten
 
 log = logging.getLogger(__name__)
@@ -96,12 +95,10 @@ class Checkpoints:
             CheckpointError: see ``resolve`` and ``load``.
         """
         path = self.resolve(self.config.resume)
-        step, progress = -1, None
-        if path is not None:
-            progress = self.load(path, state)
-            step = self.ranks.first(lambda: manifest.read(path).step, doing=f"read checkpoint {path}")
+        facts = None if path is None else self._load(path, state)
+        step = -1 if facts is None else facts.step
         self.ranks.first(lambda: self._tidy(step), doing=f"tidy {self.folder}")
-        return progress
+        return None if facts is None else facts.progress
 
     def resolve(self, resume: str) -> Path | None:
         """The checkpoint that ``auto``, ``never`` or a folder means; rank 0 decides for all (collective, all ranks).
@@ -133,17 +130,23 @@ class Checkpoints:
         Raises:
             CheckpointError: the checkpoint is damaged, of another model, or holds other tensors. All ranks raise it.
         """
+        return self._load(path, state).progress
+
+    def _load(self, path: Path, state: dict[str, Any]) -> Manifest:
         doing = f"read checkpoint {path}"
         leaves = flatten(state)
         facts = self.ranks.each(lambda: self._verified(path), doing=doing)
-        unclaimed = self.ranks.gather(lambda: _match(path, facts=facts, leaves=leaves), doing=doing)
+        contents = self.ranks.each(lambda: stored.read_contents(path), doing=doing)
+        saved = {**facts.values, **stored.kinds(contents)}
+        unclaimed = self.ranks.gather(lambda: _match(path, saved=saved, leaves=leaves), doing=doing)
         extra = set.intersection(*unclaimed)
         if extra:
             raise CheckpointError(f"checkpoint {path} has {min(extra)}, which is not in this run's state")
         tensors, _ = _split(leaves)
-        self.ranks.each(lambda: stored.load(path, tensors, alone=self.ranks.world_size == 1), doing=doing)
+        alone = self.ranks.world_size == 1
+        self.ranks.each(lambda: stored.load(path, tensors, contents=contents, alone=alone), doing=doing)
         fill(state, values=facts.values)
-        return facts.progress
+        return facts
 
     def _verified(self, path: Path) -> Manifest:
         """The manifest, once it is this model's and this rank's share of the files has been compared with its sums."""
@@ -248,8 +251,13 @@ def _split(leaves: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {name: leaf for name, leaf in leaves.items() if name not in tensors}
 
 
-def _match(path: Path, *, facts: Manifest, leaves: dict[str, Any]) -> set[str]:
+def _match(path: Path, *, saved: dict[str, Any], leaves: dict[str, Any]) -> set[str]:
     """Compare names, shapes and dtypes of a checkpoint with those of a flat state.
+
+    Args:
+        path: of the checkpoint, for messages.
+        saved: its values and its tensors' kinds, by name.
+        leaves: the state.
 
     Returns:
         Names that only the checkpoint has.
@@ -257,12 +265,13 @@ def _match(path: Path, *, facts: Manifest, leaves: dict[str, Any]) -> set[str]:
     Raises:
         CheckpointError: a name is missing in the checkpoint, or its tensor has another shape or dtype.
     """
-    kinds = stored.kinds(stored.read_contents(path))
     for name, leaf in leaves.items():
-        if name not in (kinds if isinstance(leaf, Tensor) else facts.values):
+        if name not in saved:
             raise CheckpointError(f"checkpoint {path} has no {name}, which is in this run's state")
-        if isinstance(leaf, Tensor):
-            wanted = stored.Kind(tuple(leaf.shape), leaf.dtype)
-            if kinds[name] != wanted:
-                raise CheckpointError(f"checkpoint {path} holds {name} as {kinds[name]}, this run as {wanted}")
-    return {*kinds, *facts.values} - leaves.keys()
+        wanted = stored.Kind(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else None
+        found = saved[name] if isinstance(saved[name], stored.Kind) else None
+        if found != wanted:
+            raise CheckpointError(
+                f"checkpoint {path} holds {name} as {found or 'a value'}, this run as {wanted or 'a value'}"
+            )
+    return saved.keys() - leaves.keys()

@@ -23,8 +23,6 @@ class Progress:
         self._ends: deque[float] = deque(maxlen=RECENT + 1)  # wall clock at the end of the latest updates
         self._shown = 0.0
         self._validation: float | None = None
-        if self._live:
-            self._live.start()
 
     def update(self, row: dict[str, float]) -> None:
         """Show the update that ``row``, a line of ``metrics.jsonl``, tells of."""
@@ -39,6 +37,7 @@ class Progress:
         self._shown = now
         line = describe(row, total=self._total, validation=self._validation, left=self._left(int(row["step"])))
         if self._live:
+            self._live.start()  # does nothing from the second time on
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -78,7 +78,7 @@ class Curve:
         axes.grid(True, color="#e6e6e6", lw=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.01)
+        axes.margins(x=0.02)
         axes.legend(loc="upper right", fontsize=11, frameon=False, labelcolor=TEXT)
 
 

@@ -17,7 +17,7 @@ def identity(config: ModelConfig, *, tokenizer: str) -> dict[str, Any]:
         config: of the model.
         tokenizer: a fingerprint of the tokens' meaning.
     """
-    return {"model": _without(plain(config), STEERING), "tokenizer": tokenizer}
+    return {"model": without(plain(config), STEERING), "tokenizer": tokenizer}
 
 
 def plain(config: ModelConfig) -> dict[str, Any]:
@@ -32,7 +32,8 @@ def from_plain(values: dict[str, Any]) -> ModelConfig:
     return config
 
 
-def _without(values: Any, keys: set[str]) -> Any:
+def without(values: Any, keys: set[str]) -> Any:
+    """Nested dicts less the given keys, at any depth."""
     if isinstance(values, dict):
-        return {key: _without(value, keys) for key, value in values.items() if key not in keys}
+        return {key: without(value, keys) for key, value in values.items() if key not in keys}
     return values

@@ -5,11 +5,11 @@ import secrets
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from rich.console import Console
 
@@ -46,7 +46,7 @@ class Log:
         run_dir: Path,
         rank: int,
         steps: int,
-        settings: dict[str, Any],
+        settings: Mapping[str, object],
         entropy: float | None = None,
         console: Console | None = None,
     ) -> None:
@@ -66,10 +66,17 @@ class Log:
             return
         console = console or Console(stderr=True)
         self._curve = Curve(run_dir / "plots" / "loss.png", title=run_dir.name, axis=config.curve, entropy=entropy)
-        for row in read(run_dir / FILE):
+        before = read(run_dir / FILE)
+        for row in before:
             self._curve.add(row)
-        self._run = _open_run(config, run_dir=run_dir, settings=settings, console=console)
         self._progress = Progress(total=steps, every=config.every, console=console)
+        self._run = None
+        if before and before[-1]["step"] >= steps:  # Weights & Biases would get an empty attempt
+            self.say(
+                f"{run_dir}: its {steps} updates are made; a larger train.steps goes on, another run_dir starts anew"
+            )
+        else:
+            self._run = _open_run(config, run_dir=run_dir, settings=settings, say=self.say)
         self._step = self._drawn = 0  # latest update shown, and the one that the curve was drawn after
 
     def row(self, row: dict[str, float]) -> None:
@@ -116,7 +123,9 @@ class Log:
             self._run.log({"loss_curve": wandb.Image(str(self._curve.path)), "step": self._step})
 
 
-def _open_run(config: LogConfig, *, run_dir: Path, settings: dict[str, Any], console: Console) -> "Run | None":
+def _open_run(
+    config: LogConfig, *, run_dir: Path, settings: Mapping[str, object], say: Callable[[str], None]
+) -> "Run | None":
     """The Weights & Biases run that ``config`` asks for. One that cannot go online is kept offline, and says so."""
     if config.wandb is Wandb.disabled:
         return None
@@ -130,7 +139,7 @@ def _open_run(config: LogConfig, *, run_dir: Path, settings: dict[str, Any], con
             name=run_dir.name,
             id=run_id,
             dir=run_dir,
-            config=settings,
+            config=dict(settings),
             mode=mode,
             resume="allow" if mode == "online" else None,  # offline it is `wandb sync` that joins the attempts
             reinit="create_new",  # leaves alone whatever else the process logs
@@ -142,11 +151,10 @@ def _open_run(config: LogConfig, *, run_dir: Path, settings: dict[str, Any], con
         try:
             _reach()
             run = bounded(lambda: init("online"), seconds=INIT, late="opened no run")
-            console.print(f"Weights & Biases: {run.url}", markup=False, highlight=False, soft_wrap=True)
+            say(f"Weights & Biases: {run.url}")
         except (Unreachable, wandb.Error) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            line = f"log.wandb=online: {reason}; this run is kept offline in {run_dir / 'wandb'}, `wandb sync` sends it"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(f"log.wandb=online: {reason}; this run is kept offline in {run_dir / 'wandb'}, `wandb sync` sends it")
             # The client's own process holds the run's id until it is told to stop, and takes its time over it.
             stopping = threading.Thread(target=wandb.teardown, daemon=True)
             stopping.start()

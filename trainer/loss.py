@@ -1,5 +1,7 @@
 """Cross-entropy of the next token without logits of all tokens at once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,37 +22,51 @@ def cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> 
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The gradient of the sum is made in the forward and scaled in the backward: logits never outlive their chunk."""
+    """The gradient of the sum is made in the forward and scaled in the backward: logits never outlive their chunk.
+
+    All chunks share one buffer: on a CPU, new ones each time cost more in page faults than the softmax does.
+    """
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, h: Tensor, weight: Tensor, targets: Tensor, chunk: int, training: bool
-    ) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: int, training: bool) -> Tensor:
         wide = torch.promote_types(h.dtype, torch.float32)
         matrix = weight.to(h.dtype)
+        buffer = h.new_empty(min(chunk, h.shape[0]), weight.shape[0])
+        wide_buffer = buffer if h.dtype is wide else torch.empty_like(buffer, dtype=wide)
         result = torch.zeros((), dtype=wide, device=h.device)
         if training:
             d_h = torch.empty_like(h)
             d_weight = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, wide), device=h.device)
         for start in range(0, h.shape[0], chunk):
             part, target = h[start : start + chunk], targets[start : start + chunk]
-            counted = target >= 0
+            logits, logs = buffer[: len(part)], wide_buffer[: len(part)]
+            counted = (target >= 0)[:, None]
             index = target.clamp(min=0)[:, None]
-            logs = torch.log_softmax((part @ matrix.t()).to(wide), dim=-1)  # (chunk, V)
-            result -= logs.gather(1, index)[:, 0].where(counted, 0.0).sum()
-            if training:
-                d_logits = logs.exp_()  # in place: softmax, then less one at the target
-                d_logits.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=wide))
-                d_logits.mul_(counted[:, None])
-                d_logits = d_logits.to(h.dtype)
-                torch.mm(d_logits, matrix, out=d_h[start : start + chunk])
-                d_weight += d_logits.t() @ part
+            torch.mm(part, matrix.t(), out=logits)
+            logs.copy_(logits)
+            torch.log_softmax(logs, dim=-1, out=logs)
+            result -= logs.gather(1, index).where(counted, 0.0).sum()
+            if not training:
+                continue
+            logs.exp_().scatter_add_(1, index, logs.new_full(index.shape, -1.0))  # softmax, less one at the target
+            logits.copy_(logs)
+            # Tokens that do not count are left out of the narrow factors, which is cheaper than out of the wide one.
+            torch.mm(logits, matrix, out=d_h[start : start + chunk]).mul_(counted)
+            _add_product(d_weight, logits.t(), part * counted)
         if training:
             ctx.save_for_backward(d_h, d_weight)
             ctx.weight_dtype = weight.dtype
         return result
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         d_h, d_weight = ctx.saved_tensors
         return d_h * grads[0].to(d_h.dtype), (d_weight * grads[0]).to(ctx.weight_dtype), None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, in one product where the dtypes allow it."""
+    if total.dtype is a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)

@@ -133,6 +133,15 @@ def first_difference(saved: Any, wanted: Any, *, key: str = "") -> str | None:
     return next((difference for difference in found if difference is not None), None)
 
 
+def sync_folder(folder: Path) -> None:
+    """Put a folder's names on the disk: a rename or a new file is not durable before."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _sum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -91,7 +91,7 @@ def show(report: Report, *, exported: Path | None, console: Console) -> None:
         table.add_row(name, Text(value))
     console.print(table)
     if report.sample:
-        text = report.sample.read_text(encoding="utf-8", errors="replace")
+        text = report.sample.read_text(encoding="utf-8", errors="replace").rstrip()
         console.print(Panel(Text(text), title=f"text sampled from the model, {report.sample.stem}", title_align="left"))
 
 

@@ -1,5 +1,7 @@
 """Where a run starts: from drawn weights, from the weights of a folder, or where a checkpoint left off."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from parallel.apply import fill, fill_fresh
 from trainer import manifest
 from trainer.checkpoint import Checkpoints
 from trainer.engine import TorchEngine
-from trainer.identity import from_plain, identity
+from trainer.identity import from_plain, identity, without
 from trainer.manifest import CheckpointError
 from trainer.state import State
 from trainer.stored import read_tensors
@@ -17,6 +19,8 @@ from trainer.stream import Stream
 from zoo import hf
 from zoo.config import ModelConfig
 from zoo.decoder import Decoder
+
+log = logging.getLogger(__name__)
 
 
 def start(engine: TorchEngine, *, checkpoints: Checkpoints, stream: Stream, seed: int) -> State:
@@ -44,6 +48,7 @@ def fill_from(model: Decoder, folder: Path) -> None:
         CheckpointError: the folder is damaged, is neither, or holds another model.
         HFError: the Hugging Face folder is damaged or holds what the zoo does not build.
     """
+    stored: Mapping[str, Tensor]
     if (folder / manifest.NAME).is_file():
         _check_same(folder, model.config, stored_config(folder))
         stored = read_tensors(folder, under="model")
@@ -73,8 +78,12 @@ def stored_config(folder: Path) -> ModelConfig:
 
 
 def _check_same(folder: Path, wanted: ModelConfig, found: ModelConfig) -> None:
-    """Weights mean something under their own architecture only; how long its context is set does not matter here."""
+    """Weights mean something under their own architecture; positions may change, as extending a context does."""
     ours, theirs = (identity(config, tokenizer="")["model"] for config in (wanted, found))
-    difference = manifest.first_difference({**theirs, "context": 0}, {**ours, "context": 0}, key="model")
+    positions = {"context", "rope"}
+    difference = manifest.first_difference(without(theirs, positions), without(ours, positions), key="model")
     if difference is not None:
         raise CheckpointError(f"checkpoint.init={folder}: holds another model: {difference}")
+    moved = manifest.first_difference(theirs, ours, key="model")
+    if moved is not None:
+        log.warning("checkpoint.init=%s: its weights go on under other positions: %s", folder, moved)

@@ -8,7 +8,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ class Tensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, *, under: str) -> None:
         self._under = f"{under}." if under else ""
-        self._reader = _Reader(folder)
-        every = kinds(self._reader.contents)
+        contents = read_contents(folder)
+        self._reader = _Reader(folder, contents)
+        every = kinds(contents)
         self.kinds = {name.removeprefix(self._under): every[name] for name in every if name.startswith(self._under)}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -117,7 +118,7 @@ def save(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
         raise _first_failure(error) from error
 
 
-def load(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
+def load(folder: Path, tensors: dict[str, Tensor], *, contents: Metadata, alone: bool) -> None:
     """Read tensors in place with DCP, from whatever layout they were saved in; collective unless ``alone``.
 
     Raises:
@@ -125,7 +126,7 @@ def load(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
     """
     try:
         with _quiet():
-            dcp.load(dict(tensors), storage_reader=_Reader(folder), no_dist=alone)
+            dcp.load(dict(tensors), storage_reader=_Reader(folder, contents), no_dist=alone)
     except CheckpointException as error:
         raise _first_failure(error) from error
 
@@ -144,16 +145,15 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader over a table of contents that is read once and holds no foreign classes."""
+    """DCP's reader over a table of contents that has been read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, contents: Metadata) -> None:
         super().__init__(folder)
-        self.contents = read_contents(folder)
-        self.contents.storage_meta = StorageMeta(load_id=self.load_id)
+        self._contents = replace(contents, storage_meta=StorageMeta(load_id=self.load_id))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The table of contents."""
-        return self.contents
+        return self._contents
 
 
 class _Unpickler(pickle.Unpickler):

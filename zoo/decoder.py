@@ -1,6 +1,7 @@
 """A decoder-only language model: embedding, blocks, norm, head."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from zoo.config import ModelConfig
 from zoo.context import Context
 from zoo.head import Head, Loss
 from zoo.mask import Mask
+from zoo.moe import MoE
 from zoo.mtp import MTP
 from zoo.norm import RMSNorm
 from zoo.router import Router, Tally
@@ -69,19 +71,27 @@ class Decoder(nn.Module):
         """
         x = self._embed(tokens)
         context = self._context(tokens, positions, documents, x.dtype, None if objective is None else objective.rows)
-        for block in self.blocks.values():
+        for block in self.layers():
             x, tally = block(x, context)
-            self._count(block, tally)
+            self._count(block.moe, tally)
         h = self.norm(x)
         if objective is None:
             return self.head(h, self.embed.weight)
 
         losses = [self.head(h, self.embed.weight, objective.targets, objective.loss)]
-        for depth, mtp in enumerate(self.mtp):
+        for depth, mtp in enumerate(self.depths()):
             h, tally = mtp(h, self._embed(objective.mtp_tokens[:, depth]), context)
-            self._count(mtp.block, tally)
+            self._count(mtp.block.moe, tally)
             losses.append(self.head(h, self.embed.weight, objective.mtp_targets[:, depth], objective.loss))
         return torch.stack(losses)
+
+    def layers(self) -> list[Block]:
+        """Blocks in order; a pipeline stage has some of them."""
+        return [cast(Block, block) for block in self.blocks.values()]
+
+    def depths(self) -> list[MTP]:
+        """Modules of multi-token prediction in order."""
+        return [cast(MTP, mtp) for mtp in self.mtp]
 
     def routers(self) -> dict[str, Router]:
         """Routers by module name, in the order of layers."""
@@ -103,9 +113,9 @@ class Decoder(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return Context(positions, Mask(documents), dtype, self.config.context, rows)
 
-    def _count(self, block: nn.Module, tally: Tally | None) -> None:
-        if self.training and tally is not None:
-            block.moe.router.tally(tally)
+    def _count(self, moe: MoE | None, tally: Tally | None) -> None:
+        if self.training and moe is not None and tally is not None:
+            moe.router.tally(tally)
 
 
 class Embedding(nn.Module):

@@ -1,8 +1,13 @@
 """A bank of expert feed-forwards over rows grouped by expert."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.mlp import swiglu
 
 
 class Experts(nn.Module):
@@ -20,10 +25,11 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Map rows (M, D) to (M, D); ``counts`` (E,) says how many rows each expert has."""
-        product = grouped if grouped_is_faster(rows.device, rows.dtype) else looped
-        sizes = counts if product is grouped else counts.tolist()
-        h = F.silu(product(rows, self.gate, sizes)) * product(rows, self.up, sizes)
-        return product(h, self.down, sizes)
+        if grouped_is_faster(rows.device, rows.dtype):
+            ends = counts.cumsum(0).to(torch.int32)
+            h = swiglu(grouped(rows, self.gate, ends), grouped(rows, self.up, ends))
+            return grouped(h, self.down, ends)
+        return looped(rows, self.gate, self.up, self.down, counts.tolist())
 
 
 def grouped_is_faster(device: torch.device, dtype: torch.dtype) -> bool:
@@ -35,43 +41,57 @@ def grouped_is_faster(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype is torch.bfloat16
 
 
-def grouped(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """All experts in one kernel: (M, d_in) by (E, d_out, d_in) to (M, d_out)."""
-    ends = counts.cumsum(0).to(torch.int32)
+def grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """All experts in one kernel: (M, d_in) by (E, d_out, d_in) to (M, d_out); ``ends`` (E,) int32 of their rows."""
     return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
 
 
-def looped(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """One product an expert, written into one result: (M, d_in) by (E, d_out, d_in) to (M, d_out)."""
-    return _Looped.apply(rows, weight.to(rows.dtype), counts)
+def looped(rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+    """The bank as one product after another: rows (M, D), weights as in ``Experts``, to (M, D)."""
+    dtype = rows.dtype
+    return _Looped.apply(rows, gate.to(dtype), up.to(dtype), down.to(dtype), counts)
 
 
 class _Looped(torch.autograd.Function):
-    """The loop as one node: no split, no concatenation, and each gradient written once where it belongs."""
+    """All experts as one node: each result is written once where it belongs, and an expert's part stays in cache.
+
+    Kept for the backward are the rows and what the two inner products gave, not what becomes of them.
+    """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(rows, weight)
+    def forward(ctx: Any, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+        g = rows.new_empty(rows.shape[0], gate.shape[1])
+        u, y = torch.empty_like(g), torch.empty_like(rows)
+        for expert, part in _parts(counts):
+            torch.mm(rows[part], gate[expert].t(), out=g[part])
+            torch.mm(rows[part], up[expert].t(), out=u[part])
+            torch.mm(F.silu(g[part]).mul_(u[part]), down[expert].t(), out=y[part])
+        ctx.save_for_backward(rows, gate, up, down, g, u)
         ctx.counts = counts
-        out = rows.new_empty(rows.shape[0], weight.shape[1])
-        start = 0
-        for expert, count in enumerate(counts):
-            torch.mm(rows[start : start + count], weight[expert].t(), out=out[start : start + count])
-            start += count
-        return out
+        return y
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weight = ctx.saved_tensors
-        grad = grads[0]
-        d_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        start = 0
-        for expert, count in enumerate(ctx.counts):
-            part = slice(start, start + count)
-            if d_rows is not None:
-                torch.mm(grad[part], weight[expert], out=d_rows[part])
-            if d_weight is not None:
-                torch.mm(grad[part].t(), rows[part], out=d_weight[expert])  # zero for an expert without rows
-            start += count
-        return d_rows, d_weight, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        rows, gate, up, down, g, u = ctx.saved_tensors
+        d_rows, d_gate, d_up, d_down = (torch.empty_like(each) for each in (rows, gate, up, down))
+        for expert, part in _parts(ctx.counts):  # products of no rows write zeros
+            grad, silu = grads[0][part], F.silu(g[part])
+            torch.mm(grad.t(), silu * u[part], out=d_down[expert])
+            d_h = torch.mm(grad, down[expert])
+            d_u = silu.mul_(d_h)
+            d_g = torch.ops.aten.silu_backward(d_h.mul_(u[part]), g[part])
+            torch.mm(d_g.t(), rows[part], out=d_gate[expert])
+            torch.mm(d_u.t(), rows[part], out=d_up[expert])
+            torch.mm(d_g, gate[expert], out=d_rows[part]).addmm_(d_u, up[expert])
+        return d_rows, d_gate, d_up, d_down, None
+
+
+def _parts(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert and its rows.
+
+    Example: counts 2 0 1 give rows 0:2, 2:2 and 2:3.
+    """
+    start = 0
+    for expert, count in enumerate(counts):
+        yield expert, slice(start, start + count)
+        start += count

@@ -1,7 +1,7 @@
 """Models to and from Hugging Face folders, as transformers reads and writes them; transformers itself is not needed.
 
-What a folder holds is streamed: reading and writing need the memory of about one shard beside the model. Names and
-layouts are in ``hf_names.py``, ``config.json`` in ``hf_config.py``, the files in ``hf_files.py``.
+What a folder holds is streamed: beside the model, writing needs the memory of two shards and one tensor, reading that
+of one tensor. Names and layouts are in ``hf_names.py``, ``config.json`` in ``hf_config.py``, files in ``hf_files.py``.
 """
 
 import dataclasses

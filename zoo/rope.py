@@ -6,6 +6,7 @@ YaRN (arXiv 2309.00071), with DeepSeek-V3's use of it (github deepseek-ai/DeepSe
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +25,41 @@ class Rotation:
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate (B, T, H, R).
 
-        Example with R = 4: halves apart, the pairs are (0, 2) and (1, 3); interleaved, (0, 1) and (2, 3).
+        Example with R = 4: halves apart, the pairs are (0, 2) and (1, 3); interleaved, (0, 1) and (2, 3). Either way
+        the first of all pairs come out before the second of all: queries and keys share an order, and their product
+        does not mind which.
         """
-        if self.interleaved:
-            a, b = x[..., 0::2], x[..., 1::2]
-            return torch.stack([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1).flatten(-2)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1)
+        return _Rotate.apply(x, self.cos, self.sin, self.interleaved)
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation into one new tensor; as products and a concatenation it is 1.6 times slower on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _turn(_pairs(x, interleaved=interleaved), out.chunk(2, dim=-1), cos, sin)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        out = torch.empty(grads[0].shape, dtype=grads[0].dtype, device=grads[0].device)
+        _turn(grads[0].chunk(2, dim=-1), _pairs(out, interleaved=ctx.interleaved), cos, sin.neg())  # back by the angle
+        return out, None, None, None
+
+
+def _pairs(x: Tensor, *, interleaved: bool) -> tuple[Tensor, ...]:
+    """Views of the first and of the second of all pairs."""
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+
+
+def _turn(pairs: tuple[Tensor, ...], out: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> None:
+    """Write the rotated pairs to ``out``."""
+    torch.mul(pairs[0], cos, out=out[0]).addcmul_(pairs[1], sin, value=-1)
+    torch.mul(pairs[1], cos, out=out[1]).addcmul_(pairs[0], sin)
 
 
 def rotation(config: RopeConfig, *, positions: Tensor, dim: int, context: int, dtype: torch.dtype) -> Rotation:

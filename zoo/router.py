@@ -4,6 +4,7 @@ Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2; group scores: github deeps
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,11 +103,11 @@ class AttachLoss(torch.autograd.Function):
     """Hand ``x`` through and let ``loss`` join the total: works in any pipeline stage, before the total exists."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         """Return ``x``."""
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         """The loss is a summand of the total: its gradient is one."""
         return grads[0], grads[0].new_ones(())

@@ -1,3 +1,5 @@
+"""Targets, positions, documents and MTP of a row."""
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,3 +1,5 @@
+"""Hashes that never change."""
+
 import numpy as np
 
 from data.hashing import combine, splitmix

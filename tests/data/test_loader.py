@@ -1,3 +1,5 @@
+"""Micro-batches of ranks, restarts, and what is refused."""
+
 import dataclasses
 
 import pytest

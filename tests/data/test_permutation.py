@@ -1,3 +1,5 @@
+"""The order of windows."""
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st

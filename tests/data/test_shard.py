@@ -1,3 +1,5 @@
+"""Reading shards, damaged ones too."""
+
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,3 +1,5 @@
+"""Windows of a corpus."""
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,9 @@ def open_source(config, *, split="train", seq_len=16, n_lookahead=1, seed=0):
     return ShardSource(config.folder, split=split, seq_len=seq_len, n_lookahead=n_lookahead, seed=seed)
 
 
-@pytest.mark.parametrize(("seq_len", "n_lookahead", "shard_tokens"), [(16, 1, 100), (7, 3, 1), (300, 2, 100), (1, 1, 9)])
+@pytest.mark.parametrize(
+    ("seq_len", "n_lookahead", "shard_tokens"), [(16, 1, 100), (7, 3, 90), (300, 2, 400), (1, 1, 130)]
+)
 def test_windows_are_cuts_of_the_concatenated_documents(make_shards, texts, stream, seq_len, n_lookahead, shard_tokens):
     tokens, starts = stream
     source = open_source(make_shards(texts, shard_tokens=shard_tokens), seq_len=seq_len, n_lookahead=n_lookahead)
@@ -53,14 +57,14 @@ def test_a_split_smaller_than_a_row_is_refused_with_its_size(make_shards):
 
 
 def test_a_missing_shard_is_reported_before_it_is_needed(make_shards, texts, tmp_path):
-    config = make_shards(texts, shard_tokens=100)
-    (tmp_path / "shards" / "train-00007.bin").unlink()
-    with pytest.raises(DataError, match=r"train-00007\.bin: the shard cannot be opened"):
+    config = make_shards(texts, shard_tokens=500)
+    (tmp_path / "shards" / "train-00004.bin").unlink()
+    with pytest.raises(DataError, match=r"train-00004\.bin: the shard cannot be opened"):
         open_source(config)
 
 
 def test_no_shard_is_opened_before_it_is_needed(make_shards, texts, monkeypatch):
     opened = []
     monkeypatch.setattr("data.source.Shard", lambda path, **_: opened.append(path))
-    open_source(make_shards(texts, shard_tokens=100))
+    open_source(make_shards(texts, shard_tokens=500))
     assert not opened

@@ -1,3 +1,5 @@
+"""Computed tokens."""
+
 import math
 import zlib
 

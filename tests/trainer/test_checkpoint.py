@@ -1,6 +1,5 @@
 """Checkpoints: bitwise round trips between layouts, and one line for every fault."""
 
-import json
 import os
 import pickle
 import resource
@@ -20,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from trainer import manifest
 from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig
-from trainer.durable import cut
 from trainer.manifest import CheckpointError
 from trainer.stored import read_tensors
 from trainer.tree import fill, flatten
@@ -50,6 +48,7 @@ class Small(nn.Module):
         super().__init__()
         self.up = nn.Linear(12, 17)
         self.down = nn.Linear(17, 1)
+        self.balance_bias: Tensor
         self.register_buffer("balance_bias", torch.linspace(-1, 1, 5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -386,30 +385,6 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(CheckpointError, match="cannot write checkpoint .*: File exists"):
         alone(tmp_path / "checkpoints").save(1, small_state(), progress={})
-
-
-def metrics(steps: range) -> str:
-    return "".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in steps)
-
-
-@pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', '{"step": 5, "loss": 0.2}', "\n"])
-def test_cut_removes_lines_past_the_step_and_a_torn_line(tmp_path, torn):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text(metrics(range(1, 5)) + torn)
-    cut(file, step=3)
-    assert file.read_text() == metrics(range(1, 4))
-    cut(file, step=0)
-    assert file.read_text() == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_cut_leaves_no_file_alone_and_names_a_bad_line(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    cut(file, step=3)
-    assert not file.exists()
-    file.write_text(metrics(range(1, 2)) + "nonsense\n" + metrics(range(2, 4)))
-    with pytest.raises(CheckpointError, match="metrics.jsonl line 2"):
-        cut(file, step=3)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def alone(monkeypatch, tmp_path):
 
 @pytest.fixture
 def server():
-    """Starts servers here that answer with ``status`` after ``delay`` seconds, the first ``prompt`` questions at once."""
+    """Starts servers here: ``status`` after ``delay`` seconds, to the first ``prompt`` questions at once."""
     running = []
 
     def start(*, status=200, delay=0.0, prompt=0):
@@ -144,6 +144,13 @@ def test_a_resumed_run_keeps_its_id_and_draws_the_whole_curve(tmp_path):
     assert len(files) == 2
     assert {file.name for file in files} == {f"run-{before}.wandb"}
     assert [row["step"] for file in files for row in history(file) if "loss" in row] == [1, 2, 3]
+
+
+def test_a_finished_run_started_again_says_so_and_logs_nothing(tmp_path):
+    train(tmp_path / "run")
+    shown = train(tmp_path / "run", steps=())
+    assert shown.startswith(f"{tmp_path / 'run'}: its 3 updates are made")
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
 
 
 def test_disabled_and_other_ranks_leave_no_trace(tmp_path):

@@ -21,3 +21,5 @@ def test_tokens_come_back_weighted_from_their_own_experts(n_tokens, top_k, n_exp
 
     want = torch.stack([sum(weights[n, s] * (chosen[n, s] + 1) * x[n] for s in range(top_k)) for n in range(n_tokens)])
     torch.testing.assert_close(got, want)
+    tensors = [each.requires_grad_() for each in (y.detach(), weights)]
+    assert torch.autograd.gradcheck(lambda y, w: Dispatcher().combine(y, sent, w), tensors)

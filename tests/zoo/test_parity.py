@@ -1,6 +1,8 @@
 """Each family equals its transformers class: logits, and the gradient of every parameter.
 
-``PARITY_DRAWS=100 pytest tests/zoo/test_parity.py`` tries more random shapes than the default.
+``PARITY_DRAWS=100 pytest tests/zoo/test_parity.py`` tries more random shapes than the default, whose worst tensor
+uses half of the tolerance. Of the first 120 three exceed it, by up to 1.4; both fp32 results are then as far from
+float64.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from torch import Tensor
 from zoo.config import ModelConfig
 from zoo.decoder import Objective
 
-DRAWS = int(os.environ.get("PARITY_DRAWS", "5"))
+DRAWS = int(os.environ.get("PARITY_DRAWS", "6"))
 
 
 @pytest.fixture(autouse=True)
@@ -30,18 +32,19 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def draw_llama3(rng: random.Random) -> ModelConfig:
-    name = rng.choice(["llama3_8b", "llama31_8b", "llama32_1b"])
+def draw_llama3(seed: int) -> ModelConfig:
+    rng = random.Random(seed)
+    name = ["llama31_8b", "llama3_8b", "llama32_1b"][seed % 3]
     n_kv_heads, n_heads = rng.choice([(1, 4), (2, 2), (2, 6), (3, 6)])
-    changes: dict[str, Any] = {"d_model": n_heads * rng.choice([8, 12]), "context": 64}
+    changes = common(rng) | {"d_model": n_heads * rng.choice([8, 12]), "context": 64}
     if name != "llama3_8b":
         changes["blocks__dense__attention__rope__scaling__original_context"] = rng.choice([12, 24])
         changes["blocks__dense__attention__rope__scaling__factor"] = rng.choice([2, 8.5])
+        changes["blocks__dense__attention__rope__scaling__high"] = rng.choice([2, 4])
     return compose(
         name,
-        **common(rng),
         **changes,
-        tied=rng.random() < 0.5,
+        tied=seed % 2 == 0,
         blocks__dense__attention__n_heads=n_heads,
         blocks__dense__attention__n_kv_heads=n_kv_heads,
         blocks__dense__attention__head_dim=rng.choice([4, 8, 14]),
@@ -50,42 +53,42 @@ def draw_llama3(rng: random.Random) -> ModelConfig:
     )
 
 
-def draw_qwen3(rng: random.Random) -> ModelConfig:
+def draw_qwen3(seed: int) -> ModelConfig:
+    rng = random.Random(seed)
     n_kv_heads, n_heads = rng.choice([(1, 3), (2, 2), (2, 8)])
-    eps = rng.choice([1e-6, 1e-3])
-    changes = common(rng) | {"norm__eps": eps, "blocks__dense__attention__qk_norm__eps": eps}
-    if rng.random() < 0.4:  # as Qwen3's model card has it for long inputs: phases grow, the softmax scale does not
+    changes = common(rng)
+    changes["blocks__dense__attention__qk_norm__eps"] = changes["norm__eps"]
+    if seed % 2:  # as Qwen3's model card has it for long inputs: phases grow, the softmax scale does not
         scaling = yarn(rng, mscale_all_dim=0)
         changes["blocks__dense__attention__rope__scaling"] = scaling
         changes["context"] = scaling["factor"] * scaling["original_context"]
     return compose(
-        rng.choice(["qwen3_06b", "qwen3_8b"]),
+        ["qwen3_06b", "qwen3_8b"][seed // 2 % 2],  # tied, not tied
         **changes,
         d_model=rng.choice([24, 40]),
         blocks__dense__attention__n_heads=n_heads,
         blocks__dense__attention__n_kv_heads=n_kv_heads,
-        blocks__dense__attention__head_dim=rng.choice([4, 8, 14]),
+        blocks__dense__attention__head_dim=rng.choice([8, 14, 16]),
         blocks__dense__attention__rope__theta=rng.choice([50, 10_000, 1_000_000]),
         blocks__dense__mlp__d_ff=rng.choice([24, 50]),
     )
 
 
-def draw_deepseek_v3(rng: random.Random) -> ModelConfig:
-    n_groups, per_group = rng.choice([(1, 6), (2, 4), (4, 4), (4, 2)])
-    top_groups = rng.randint(1, n_groups)
-    mla = {
+def draw_deepseek_v3(seed: int) -> ModelConfig:
+    rng = random.Random(seed)
+    n_groups, per_group = [(4, 4), (2, 4), (1, 6), (4, 2), (8, 2)][seed % 5]
+    top_groups = rng.randint(1, max(1, n_groups - 1))
+    mla: dict[str, Any] = {
         "n_heads": rng.choice([1, 2, 5]),
-        "q_rank": rng.choice([None, 12, 20]),
+        "q_rank": [12, None, 20][seed % 3],
         "kv_rank": rng.choice([8, 18]),
         "nope_dim": rng.choice([6, 8]),
-        "rope_dim": rng.choice([4, 8]),
+        "rope_dim": rng.choice([4, 8, 16]),
         "v_dim": rng.choice([4, 8, 20]),
     }
-    theta, scaling = rng.choice([50, 10_000]), yarn(rng, mscale_all_dim=rng.choice([1, 0.7]))
-    slots: dict[str, Any] = {}
-    for kind in ("dense", "moe"):
-        slots |= {f"blocks__{kind}__mla__{key}": value for key, value in mla.items()}
-        slots |= {f"blocks__{kind}__mla__rope__{key}": v for key, v in (("theta", theta), ("scaling", scaling))}
+    scaling = yarn(rng, mscale_all_dim=rng.choice([1, 0.7]))
+    mla |= {"rope": {"theta": rng.choice([50, 10_000]), "scaling": scaling}}
+    slots = {f"blocks__{kind}__mla__{key}": value for kind in ("dense", "moe") for key, value in mla.items()}
     d_expert = rng.choice([8, 12])
     return compose(
         "deepseek_v3_671b",
@@ -93,8 +96,8 @@ def draw_deepseek_v3(rng: random.Random) -> ModelConfig:
         **slots,
         d_model=rng.choice([24, 40]),
         n_mtp=0,
-        context=scaling["original_context"] * rng.choice([1, scaling["factor"]]),  # 1: YaRN rests
-        prefix=rng.choice([[], ["dense"], ["dense", "dense"]]),
+        context=scaling["original_context"] * (1 if seed % 4 == 3 else scaling["factor"]),  # 1: YaRN rests
+        prefix=["dense"] * (seed % 3),
         tied=rng.random() < 0.2,
         blocks__dense__mlp__d_ff=rng.choice([24, 50]),
         blocks__moe__moe__n_experts=n_groups * per_group,
@@ -112,12 +115,13 @@ def common(rng: random.Random) -> dict[str, Any]:
 
 
 def yarn(rng: random.Random, *, mscale_all_dim: float) -> dict[str, Any]:
+    """Scaling whose bounds fall inside the few pairs of a small head: with 1 and 32 turns all would be divided."""
     return {
         "kind": "yarn",
         "factor": rng.choice([4, 40]),
-        "original_context": rng.choice([12, 16]),
-        "low": 1,
-        "high": rng.choice([4, 32]),
+        "original_context": rng.choice([16, 24]),
+        "low": 0.25,
+        "high": rng.choice([0.5, 1]),
         "mscale": 1,
         "mscale_all_dim": mscale_all_dim,
     }
@@ -142,7 +146,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("seed", range(DRAWS))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_equal_those_of_transformers(family, seed):
-    config = FAMILIES[family](random.Random(seed))
+    config = FAMILIES[family](seed)
     ours = randomized(config, seed=seed)
     theirs = reference_of(config, ours.state_dict())
     generator = torch.Generator().manual_seed(seed)
@@ -167,7 +171,7 @@ def ahead(tokens: Tensor, places: int, *, missing: int) -> Tensor:
 
 @pytest.mark.parametrize("depths", [1, 2])
 def test_multi_token_losses_and_gradients_equal_those_of_transformers(depths):
-    drawn = draw_deepseek_v3(random.Random(depths))
+    drawn = draw_deepseek_v3(depths)
     config = dataclasses.replace(drawn, n_mtp=depths)
     ours = randomized(config, seed=depths)
     main = reference_of(config, ours.state_dict())
@@ -198,7 +202,7 @@ def test_multi_token_losses_and_gradients_equal_those_of_transformers(depths):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_equal_separate_documents(family):
-    config = FAMILIES[family](random.Random(1))
+    config = FAMILIES[family](1)
     model = randomized(config, seed=1, dtype=torch.float64)
     lengths = [1, 9, 14, 2]
     tokens = torch.randint(config.vocab_size, (2, sum(lengths)), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,1 @@
+"""Measurements against other implementations; each file one subject, results in ``results/`` with command and commit."""

@@ -11,7 +11,7 @@ from data.prepare import ensure
 from data.streams import open_streams
 from launch.command import outcome, refusing
 from launch.world import World, hear_hydra, world
-from parallel.apply import build
+from parallel.apply import build, describe
 from parallel.config import Sizes, accumulation
 from parallel.mesh import open_mesh
 from trainer.checkpoint import Checkpoints
@@ -66,6 +66,7 @@ def train(run: schema.RunConfig, *, sizes: Sizes, place: World) -> None:
     entropy = streams.corpus.unigram_entropy
     micro = accumulation(global_batch=t.global_batch, micro_batch=t.micro_batch, dp=sizes.dp)
     with Log(run.log, run_dir=folder, rank=mesh.rank, steps=t.steps, settings=settings, entropy=entropy) as log:
+        log.say(describe(model, mesh=mesh, precision=run.precision))
         outputs = Outputs(metrics, log, checkpoints, sampler)
         recipe = Recipe(t, run.optim, run.schedule, accumulation=micro)
         Trainer(engine, mesh=mesh, state=state, streams=streams, recipe=recipe, outputs=outputs).fit()

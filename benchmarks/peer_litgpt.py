@@ -40,7 +40,11 @@ def build(shape: Shape, precision: Precision) -> Contender:
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         return chunked_cross_entropy(model(tokens), targets)
 
-    parts = "LLaMAMoE (loop over experts), GroupedTopkRouter with one group" if shape.experts else "LLaMAMLP"
+    parts = (
+        "LLaMAMoE (loop over experts), softmax over the chosen logits (its sigmoid router wants groups)"
+        if shape.experts
+        else "LLaMAMLP"
+    )
     about = f"litgpt {version('litgpt')}, GPT with {parts}; sdpa attention; chunked_cross_entropy of pretrain.py"
     return Peer(model, loss, about, precision)
 
@@ -53,8 +57,4 @@ def _experts(shape: Shape) -> dict[str, object]:
         "moe_intermediate_size": e.d_expert,
         "n_expert": e.n_experts,
         "n_expert_per_token": e.top_k,
-        "n_expert_groups": 1,
-        "n_topk_groups": 1,
-        "n_topk_scores_per_group": 2,
-        "norm_topk_prob": True,
     }

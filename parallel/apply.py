@@ -10,7 +10,9 @@ from parallel.config import Dtype, PrecisionConfig
 from parallel.fsdp import shard
 from parallel.mesh import Mesh
 from zoo.config import ModelConfig
+from zoo.count import parameters
 from zoo.decoder import Decoder
+from zoo.experts import Experts, grouped_is_faster
 from zoo.init import initial
 
 DTYPES = {Dtype.fp64: torch.float64, Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
@@ -22,6 +24,9 @@ def build(config: ModelConfig, *, mesh: Mesh, precision: PrecisionConfig) -> Dec
     with torch.device("meta"):
         model = Decoder(config).to(params)
     model.compute_dtype = compute
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.grouped = grouped_is_faster(mesh.device, compute)
     if mesh.grid is not None:
         shard(model, mesh, compute=compute, params=params)
     model.to_empty(device=mesh.device)
@@ -48,3 +53,20 @@ def fill(targets: Mapping[str, Tensor], value: Callable[[str, torch.Size], Tenso
 def fill_fresh(model: Decoder, *, seed: int) -> None:
     """Initial values, the same under every plan."""
     fill(dict(model.named_parameters()), lambda name, shape: initial(name, shape, config=model.config, seed=seed))
+
+
+def describe(model: Decoder, *, mesh: Mesh, precision: PrecisionConfig) -> str:
+    """What was built and chosen, in one line for the start of a run."""
+    counted = parameters(model.config)
+    parts = [f"{model.config.family} {counted.total / 1e6:,.1f}M parameters"]
+    if counted.active != counted.total:
+        parts[0] += f" ({counted.active / 1e6:,.1f}M active)"
+    if counted.mtp:
+        parts.append(f"multi-token prediction {counted.mtp / 1e6:,.1f}M")
+    parts.append(f"{mesh.sizes.dp_replicate} x {mesh.sizes.dp_shard} ranks on {mesh.device.type}")
+    parts.append(f"{precision.params.value} parameters, {precision.compute.value} products")
+    parts.append("attention: sdpa")
+    banks = [module for module in model.modules() if isinstance(module, Experts)]
+    if banks:
+        parts.append(f"experts: {'grouped products' if banks[0].grouped else 'one after another'}")
+    return "; ".join(parts)

@@ -1,1 +1,1 @@
-"""Measurements against other implementations; each file one subject, results in ``results/`` with command and commit."""
+"""Measurements beside other implementations; what they gave is in ``results/``."""

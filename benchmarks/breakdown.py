@@ -11,7 +11,7 @@ OTHER = "other"
 # The first pattern that an operator's name matches is its kind. Seen in profiles of all contenders: what stays in
 # "other" is under 1% of any step.
 KINDS = {
-    "matrix products": r"(aten|mkldnn)::(_?(add|b|badd|grouped_)*mm_?|mv|addmv_?|_grouped_mm|_linear.*|mkldnn_linear.*)$",
+    "matrix products": r"(aten|mkldnn)::(_?(add|b|badd|grouped_)*mm_?|mv|addmv_?|_?linear.*|mkldnn_linear.*)$",
     "attention": r"scaled_dot_product|flash_attention",
     "cross-entropy": r"log_softmax|nll_loss|aten::_softmax|aten::exp_?$|cross_entropy|_CrossEntropy",
     "copies, gathers, concatenation": r"aten::(copy_|cat|_to_copy|clone|contiguous|fill_|zero_|stack|repeat_interleave"

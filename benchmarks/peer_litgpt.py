@@ -1,6 +1,7 @@
 """litgpt as a contender. Install: pip install --no-deps -r benchmarks/peers.txt."""
 
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from litgpt.config import Config
@@ -49,7 +50,7 @@ def build(shape: Shape, precision: Precision) -> Contender:
     return Peer(model, loss, about, precision)
 
 
-def _experts(shape: Shape) -> dict[str, object]:
+def _experts(shape: Shape) -> dict[str, Any]:
     if shape.experts is None:
         return {}
     e = shape.experts

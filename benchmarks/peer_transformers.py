@@ -1,5 +1,7 @@
 """transformers as a contender. Install: pip install --no-deps -r benchmarks/peers.txt."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -28,7 +30,7 @@ def build(shape: Shape, precision: Precision) -> Contender:
     return Peer(model, loss, about, precision)
 
 
-def _common(shape: Shape) -> dict[str, object]:
+def _common(shape: Shape) -> dict[str, Any]:
     return {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.d_model,
@@ -68,6 +70,6 @@ def _moe(shape: Shape) -> Glm4MoeForCausalLM:
             norm_topk_prob=True,
             routed_scaling_factor=1.0,
             first_k_dense_replace=0,
-            num_nextn_predict_layers=0,
+            num_mtp_layers=0,
         )
     )

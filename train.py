@@ -9,10 +9,10 @@ from conf import schema
 from data.errors import DataError
 from data.prepare import ensure
 from data.streams import open_streams
-from launch.command import outcome, refusing
+from launch.command import leave, outcome, refusing
 from launch.world import World, hear_hydra, world
 from parallel.apply import build, describe
-from parallel.config import Sizes, accumulation
+from parallel.config import Sizes
 from parallel.mesh import open_mesh
 from trainer.checkpoint import Checkpoints
 from trainer.engine import TorchEngine
@@ -64,11 +64,10 @@ def train(run: schema.RunConfig, *, sizes: Sizes, place: World) -> None:
     metrics = Metrics(folder, rank=mesh.rank, step=state.step)
     sampler = Sampler.of(streams.corpus.tokenizer, train=t, folder=folder / "samples", mesh=mesh)
     entropy = streams.corpus.unigram_entropy
-    micro = accumulation(global_batch=t.global_batch, micro_batch=t.micro_batch, dp=sizes.dp)
     with Log(run.log, run_dir=folder, rank=mesh.rank, steps=t.steps, settings=settings, entropy=entropy) as log:
         log.say(describe(model, mesh=mesh, precision=run.precision))
         outputs = Outputs(metrics, log, checkpoints, sampler)
-        recipe = Recipe(t, run.optim, run.schedule, accumulation=micro)
+        recipe = Recipe(t, run.optim, run.schedule, dp=sizes.dp)
         Trainer(engine, mesh=mesh, state=state, streams=streams, recipe=recipe, outputs=outputs).fit()
     mesh.close()
 
@@ -78,3 +77,4 @@ if __name__ == "__main__":
     schema.register()
     with refusing(ERRORS, rank=world().rank):
         main()
+    leave(processes=world().size)

@@ -47,7 +47,10 @@ def machine() -> Machine:
 
 def commit() -> str:
     """The checked-out commit, and whether files differ from it."""
-    run = {"capture_output": True, "text": True, "check": True, "cwd": Path(__file__).parent}
-    name = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout
-    return name + (" with uncommitted changes" if changed else "")
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return _git("rev-parse", "--short=12", "HEAD") + (" with uncommitted changes" if changed else "")
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    return done.stdout.strip()

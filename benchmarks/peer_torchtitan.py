@@ -68,7 +68,7 @@ def build(shape: Shape, precision: Precision) -> Contender:
             parameter.data = parameter.data.to(torch.bfloat16)
     chunked = ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=shape.vocab_size)).build()
     chunked.set_lm_head(model.lm_head)
-    model._skip_lm_head = True  # its trainer does the same for this loss
+    model._skip_lm_head = True  # type: ignore[assignment]  # its trainer does the same for this loss
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         total, _ = chunked(model(tokens), targets, torch.tensor(float(targets.numel())))

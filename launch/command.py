@@ -1,6 +1,7 @@
 """How a run ends: its exit status, one line for a user's error, and ``status.json`` for whoever watches."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -25,6 +26,19 @@ def refusing(errors: tuple[type[Exception], ...], *, rank: int) -> Iterator[None
             time.sleep(OTHERS_WAIT)
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(REFUSED)
+
+
+def leave(*, processes: int) -> None:
+    """End one process of several at once, with status 0; its files are written and its group is left.
+
+    In one of thirty runs of two processes, a thread of gloo's still ran while the interpreter shut down and aborted it;
+    the launcher then called a finished run failed.
+    """
+    if processes > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The grid of ranks, one named axis for each way of sharing."""
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +43,10 @@ class Mesh:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group (all axes)."""
         if self.grid is not None:
+            self.grid = None
+            gc.collect()  # what still holds the group, such as a model, would keep its threads alive
             dist.destroy_process_group()
 
 

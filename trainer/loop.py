@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
+from parallel.config import accumulation
 from parallel.mesh import Mesh
 from trainer import balance, optim, schedule
 from trainer.checkpoint import Checkpoints
@@ -22,12 +23,18 @@ from trainer.stream import Batch, Streams
 
 @dataclass(frozen=True)
 class Recipe:
-    """How updates are made; ``accumulation`` is the number of micro-batches that this rank adds up for one."""
+    """How updates are made, by ``dp`` ranks that see different rows."""
 
     train: TrainConfig
     optim: OptimConfig
     schedule: ScheduleConfig
-    accumulation: int
+    dp: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that a rank adds up for one update."""
+        t = self.train
+        return accumulation(global_batch=t.global_batch, micro_batch=t.micro_batch, dp=self.dp)
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class Trainer:
             "stream": self.streams.train.state_dict(),
             "model": plain(self.engine.model.config),
         }
+        self.outputs.metrics.sync()
         self.outputs.checkpoints.save(self.state.step, self.engine.state(), progress=progress)
 
     def _due(self, every: int) -> bool:

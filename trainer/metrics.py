@@ -76,6 +76,11 @@ class Metrics:
             self._file.write(json.dumps(row) + "\n")  # floats by repr: they read back to the last bit
         return row
 
+    def sync(self) -> None:
+        """Have the lines so far on the disk, before a checkpoint says that they are there."""
+        if self._file:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         if self._file:

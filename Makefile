@@ -22,7 +22,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## train a small DeepSeek-V3 on real text in two processes, export it, show the result
-	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 train.py experiment=demo run_dir=$(DEMO)
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $$($(BIN)/python -c \
+		"import torch; print(min(torch.cuda.device_count(), 2) or 2)") train.py experiment=demo run_dir=$(DEMO)
 	@$(BIN)/python -m trainer.hf export "$$(ls -d $(DEMO)/checkpoints/step-* | tail -n 1)" $(DEMO)/hf
 	@$(BIN)/python -m trainer.report $(DEMO) --exported $(DEMO)/hf
 

@@ -6,6 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from conf import schema
+from data.corpus import declared_vocabulary
 from data.errors import DataError
 from data.prepare import ensure
 from data.streams import open_streams
@@ -13,7 +14,7 @@ from launch.command import leave, outcome, refusing
 from launch.world import World, hear_hydra, world
 from parallel.apply import build, describe
 from parallel.config import Sizes
-from parallel.mesh import open_mesh
+from parallel.mesh import MeshError, open_mesh
 from trainer.checkpoint import Checkpoints
 from trainer.engine import TorchEngine
 from trainer.identity import identity
@@ -26,7 +27,7 @@ from trainer.sample import Sampler
 from trainer.start import start
 from zoo.hf import HFError
 
-ERRORS = (*schema.USER_ERRORS, DataError, CheckpointError, HFError, Diverged, OSError)
+ERRORS = (*schema.USER_ERRORS, DataError, MeshError, CheckpointError, HFError, Diverged, OSError)
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train")
@@ -36,6 +37,7 @@ def main(cfg: DictConfig) -> None:
     with refusing(ERRORS, rank=place.rank):
         run = schema.resolve(cfg)
         sizes = schema.check(run, world_size=place.size)
+        schema.check_vocabulary(run, tokens=declared_vocabulary(run.data))
         with outcome(Path(run.run_dir), rank=place.rank):
             train(run, sizes=sizes, place=place)
 
@@ -47,9 +49,7 @@ def train(run: schema.RunConfig, *, sizes: Sizes, place: World) -> None:
     if mesh.rank == 0:
         ensure(run.data)
     mesh.barrier()
-    batches = {"global_batch": t.global_batch, "micro_batch": t.micro_batch, "seq_len": t.seq_len}
-    batches |= {"n_mtp": run.model.n_mtp, "eval_rows": t.eval_rows if t.eval_every else 0}
-    streams = open_streams(run.data, seed=run.seed, rank=mesh.dp_rank, world_size=sizes.dp, **batches)
+    streams = open_streams(run.data, rank=mesh.dp_rank, world_size=sizes.dp, **schema.rows(run))
     schema.check_vocabulary(run, tokens=streams.corpus.vocab_size)
 
     model = build(run.model, mesh=mesh, precision=run.precision)

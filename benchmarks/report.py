@@ -76,7 +76,10 @@ def profiles(result: Result) -> list[str]:
     if not taken:
         return []
     kinds = list(next(iter(taken.values())))
-    rows = ["Where the time goes: ms of one profiled step, and percent of it.", ""]
+    rows = [
+        "Where the time goes: ms of a step under torch's profiler, the shortest of three, and percent of it.",
+        "",
+    ]
     rows += ["| | " + " | ".join(taken) + " |", "|---|" + "---|" * len(taken)]
     for kind in kinds:
         cells = [f"{times[kind]:.0f} ({times[kind] / sum(times.values()):.0%})" for times in taken.values()]

@@ -65,6 +65,8 @@ def check(run: RunConfig, *, world_size: int) -> Sizes:
     Raises:
         ConfigError: parts that do not fit, by their keys.
     """
+    if not run.run_dir:
+        raise ConfigError("run_dir=: must name a folder")
     try:
         sizes = fit(run.parallel, world_size=world_size)
         accumulation(global_batch=run.train.global_batch, micro_batch=run.train.micro_batch, dp=sizes.dp)
@@ -75,13 +77,20 @@ def check(run: RunConfig, *, world_size: int) -> Sizes:
     return sizes
 
 
-def check_vocabulary(run: RunConfig, *, tokens: int) -> None:
-    """Whether the model has a row for each of the tokenizer's ``tokens``.
+def rows(run: RunConfig) -> dict[str, int]:
+    """What decides which rows a run reads, for ``data.streams.open_streams``."""
+    t = run.train
+    sizes = {"global_batch": t.global_batch, "micro_batch": t.micro_batch, "seq_len": t.seq_len}
+    return {"seed": run.seed, "n_mtp": run.model.n_mtp, "eval_rows": t.eval_rows if t.eval_every else 0, **sizes}
+
+
+def check_vocabulary(run: RunConfig, *, tokens: int | None) -> None:
+    """Whether the model has a row for each of the tokenizer's ``tokens``, where their number is known.
 
     Raises:
         ConfigError: it has not.
     """
-    if run.model.vocab_size < tokens:
+    if tokens is not None and run.model.vocab_size < tokens:
         raise ConfigError(f"model.vocab_size={run.model.vocab_size}: must be at least the tokenizer's {tokens}")
 
 

@@ -31,6 +31,15 @@ class Corpus:
         return [] if self.tokenizer is None else self.tokenizer.files
 
 
+def declared_vocabulary(config: DataConfig) -> int | None:
+    """Tokens that may occur, as far as it is known before anything is prepared; None: it is not.
+
+    Raises:
+        DataError: a folder of shards is missing, not whole or damaged.
+    """
+    return config.vocab_size if config.kind is Kind.stdlib else vocab_size(config)
+
+
 def open_corpus(config: DataConfig) -> Corpus:
     """Read the facts of whole data.
 

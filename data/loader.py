@@ -1,6 +1,8 @@
 """Micro-batches of one rank: global batch i is a function of (seed, i) alone, whoever reads it and since when."""
 
+import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +74,8 @@ class Loader:
         rows = global_batch // world_size
         self._slice = _Slice(global_batch=global_batch, first=rank * rows, n_rows=rows, micro_batch=micro_batch)
         self._n_mtp = n_mtp
+        self._order: dict[str, Any] = {"seed": seed, "train.global_batch": global_batch, "train.seq_len": seq_len}
+        self._order |= {"data": fingerprint(config, split=split)}
         self._source = _open(config, split=split, seq_len=seq_len, n_lookahead=1 + n_mtp, seed=seed)
         self._batch = start
         self._read = 0  # rows of the current global batch that this rank has handed out
@@ -101,12 +105,25 @@ class Loader:
         """The whole global batch ``number``, the rows of all ranks; the iterator stays where it is."""
         return self._rows(number * self._slice.global_batch, count=self._slice.global_batch)
 
-    def state_dict(self) -> dict[str, int]:
-        """Number of the next whole global batch: one that is partly read is read again after a restart."""
-        return {"batch": self._batch}
+    def state_dict(self) -> dict[str, Any]:
+        """Number of the next whole global batch, and all that decides which rows a number means.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue with the global batch that ``state`` names."""
+        A batch that is partly read is read again after a restart.
+        """
+        return {"batch": self._batch, "order": self._order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the global batch that ``state`` names.
+
+        Raises:
+            DataError: The number means other rows here than where the state was taken.
+        """
+        for key, there in state["order"].items():
+            if self._order[key] != there:
+                raise DataError(
+                    f"{key}={self._order[key]}: must be {there}, as where the checkpoint was made, to go on with the "
+                    "same data; for other data start from its weights with checkpoint.init"
+                )
         self._batch, self._read = state["batch"], 0
 
     def _rows(self, first: int, *, count: int) -> Batch:
@@ -123,6 +140,18 @@ def vocab_size(config: DataConfig) -> int:
     if config.kind is Kind.synthetic:
         return _alphabet(config)
     return read_manifest(_folder(config)).tokenizer.vocab_size
+
+
+def fingerprint(config: DataConfig, *, split: str) -> str:
+    """Short name of the tokens of a split: two folders have the same if their shards hold the same tokens.
+
+    Raises:
+        DataError: The folder of shards is not whole.
+    """
+    if config.kind is Kind.synthetic:
+        return f"synthetic/{_alphabet(config)}"
+    shards = read_manifest(_folder(config)).splits[split].shards
+    return hashlib.sha256(" ".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
 
 
 def _open(

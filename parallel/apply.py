@@ -26,7 +26,7 @@ def build(config: ModelConfig, *, mesh: Mesh, precision: PrecisionConfig) -> Dec
     model.compute_dtype = compute
     for module in model.modules():
         if isinstance(module, Experts):
-            module.grouped = grouped_is_faster(mesh.device, compute)
+            module.grouped = grouped_is_faster(mesh.device, compute, widths=module.gate.shape[1:])
     if mesh.grid is not None:
         shard(model, mesh, compute=compute, params=params)
     model.to_empty(device=mesh.device)

@@ -10,6 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from parallel.config import Sizes
 
 
+class MeshError(ValueError):
+    """A grid that this host cannot hold, in one line."""
+
+
 @dataclass
 class Mesh:
     """Where this process stands.
@@ -51,10 +55,19 @@ class Mesh:
 
 
 def open_mesh(sizes: Sizes, *, rank: int, local_rank: int) -> Mesh:
-    """Join the process group, over NCCL on GPUs and gloo on CPUs, and lay out the grid (all axes)."""
+    """Join the process group, over NCCL on GPUs and gloo on CPUs, and lay out the grid (all axes).
+
+    Raises:
+        MeshError: there are fewer GPUs than processes on this host.
+    """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise MeshError(
+                f"process {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}; start as many "
+                "processes, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
         torch.cuda.set_device(device)
     if sizes.dp == 1:
         return Mesh(sizes, device, None, rank)

@@ -60,7 +60,7 @@ class TorchEngine:
         total = torch.zeros_like(counts.targets)
         for i, batch in enumerate(batches):
             sync_gradients(self.model, now=i == len(batches) - 1)
-            losses = self.losses(batch, rows=counts.rows) / counts.targets.clamp(min=1)
+            losses = self.losses(batch, rows=counts.rows, depths=self.model.config.n_mtp) / counts.targets.clamp(min=1)
             (losses * self.weights).sum().backward()
             total += losses.detach()
         routers = self.model.routers().values()
@@ -68,10 +68,12 @@ class TorchEngine:
         reduced = reduce.total(torch.cat([total, balance[None].to(total.dtype)]), self.mesh)
         return Terms(reduced[:-1], reduced[-1])
 
-    def losses(self, batch: Batch, *, rows: Tensor | None) -> Tensor:
-        """(1 + n_mtp,) summed losses of one micro-batch of this rank (parameters over dp_shard)."""
+    def losses(self, batch: Batch, *, rows: Tensor | None, depths: int) -> Tensor:
+        """(1 + depths,) summed losses of one micro-batch of this rank (parameters over dp_shard)."""
         batch = batch.to(self.mesh.device)
-        objective = Objective(batch.targets, batch.mtp_tokens, batch.mtp_targets, rows, self.loss)
+        objective = Objective(
+            batch.targets, batch.mtp_tokens[:, :depths], batch.mtp_targets[:, :depths], rows, self.loss
+        )
         return self.model(batch.tokens, positions=batch.positions, documents=batch.documents, objective=objective)
 
     def update(self, *, max_norm: float) -> Tensor:

@@ -16,7 +16,7 @@ def evaluate(engine: TorchEngine, batches: Sequence[Batch], mesh: Mesh) -> float
     engine.model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for batch in batches:
-        total[0] += engine.losses(batch, rows=None)[0]
+        total[0] += engine.losses(batch, rows=None, depths=0)[0]
         total[1] += (batch.targets >= 0).sum().to(mesh.device)
     engine.model.train()
     loss, targets = reduce.total(total, mesh).tolist()

@@ -64,6 +64,8 @@ class Trainer:
         """Train until all updates are done (all axes)."""
         out, config = self.outputs, self.recipe.train
         stream = iter(self.streams.train)
+        if self.state.step:
+            out.log.say(f"goes on after update {self.state.step}")
         while self.state.step < config.steps:
             out.metrics.start(tokens=self.state.tokens)
             self.step(stream)

@@ -15,10 +15,12 @@ def factor(config: ScheduleConfig, *, step: int, steps: int) -> float:
 
     Returns:
         1/warmup at the first of ``warmup`` updates, 1 at the last of them, and ``config.floor`` at the last of all.
+        A decay longer than what the warmup leaves takes what is left.
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
-    length = steps - config.warmup if config.kind is ScheduleKind.cosine else config.decay
+    room = steps - config.warmup
+    length = room if config.kind is ScheduleKind.cosine else min(config.decay, room)
     into = step + 1 - (steps - length)  # updates into the decay, 1 to length
     if into <= 0:
         return 1.0

@@ -31,13 +31,16 @@ def start(engine: TorchEngine, *, checkpoints: Checkpoints, stream: Stream, seed
         HFError: a Hugging Face folder does, or is none.
     """
     progress = checkpoints.restore(engine.state())
+    init = checkpoints.config.init
     if progress is not None:
+        if init is not None and engine.mesh.rank == 0:
+            log.warning("checkpoint.init=%s: passed over, this run goes on from its own checkpoint", init)
         stream.load_state_dict(progress["stream"])
         return State(**progress["state"])
-    if checkpoints.config.init is None:
+    if init is None:
         fill_fresh(engine.model, seed=seed)
     else:
-        fill_from(engine.model, Path(checkpoints.config.init))
+        fill_from(engine.model, Path(init))
     return State()
 
 

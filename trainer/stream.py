@@ -47,10 +47,10 @@ class Stream(Protocol):
     def __next__(self) -> Any:
         """The next micro-batch, a ``Batch``."""
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Where it stands."""
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
 
 

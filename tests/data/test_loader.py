@@ -58,10 +58,17 @@ def test_a_restart_continues_with_the_same_batches(config):
         assert_equal([next(started)], batch)
 
 
+@pytest.mark.parametrize("change, key", [({"seed": 9}, "seed=9"), ({"global_batch": 16}, "train.global_batch=16")])
+def test_a_state_under_which_numbers_mean_other_rows_is_refused(config, change, key):
+    state = open_loader(config, micro_batch=1).state_dict()
+    with pytest.raises(DataError, match=key):
+        open_loader(config, micro_batch=1, **change).load_state_dict(state)
+
+
 def test_a_global_batch_that_was_partly_read_is_read_again(config):
     loader = open_loader(config, micro_batch=2)
     take(loader, 5)
-    assert loader.state_dict() == {"batch": 1}
+    assert loader.state_dict()["batch"] == 1
     loader.load_state_dict(loader.state_dict())
     assert_equal(take(loader, 4), loader.rows(1))
 

@@ -37,3 +37,8 @@ def test_no_warmup_starts_at_the_peak():
 def test_a_run_shorter_than_its_warmup_only_rises():
     for kind in ScheduleKind:
         assert curve(3, kind=kind, warmup=6, floor=0.1, decay=2) == [1 / 6, 2 / 6, 3 / 6]
+
+
+def test_a_decay_that_does_not_fit_takes_what_the_warmup_leaves():
+    values = curve(10, kind=ScheduleKind.wsd, warmup=4, floor=0.0, decay=20)
+    assert values == pytest.approx([0.25, 0.5, 0.75, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.0])

@@ -1,5 +1,6 @@
 """Train a model: compose the run, build its parts, fit. Usage: python train.py model=llama3_tiny train.steps=100."""
 
+import sys
 from pathlib import Path
 
 import hydra
@@ -15,30 +16,31 @@ from launch.world import World, hear_hydra, world
 from parallel.apply import build, describe
 from parallel.config import Sizes
 from parallel.mesh import MeshError, open_mesh
+from trainer.agree import Ranks, lost
 from trainer.checkpoint import Checkpoints
 from trainer.engine import TorchEngine
 from trainer.identity import identity
 from trainer.log import Log
 from trainer.loop import Diverged, Outputs, Recipe, Trainer
 from trainer.manifest import CheckpointError
-from trainer.metrics import Metrics
+from trainer.metrics import Metrics, MetricsError
 from trainer.record import record
 from trainer.sample import Sampler
 from trainer.start import start
 from zoo.hf import HFError
 
-ERRORS = (*schema.USER_ERRORS, DataError, MeshError, CheckpointError, HFError, Diverged, OSError)
+ERRORS = (*schema.USER_ERRORS, DataError, MeshError, CheckpointError, HFError, MetricsError, Diverged, OSError)
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Check a run, then do it, or what is left of it."""
     place = world()
-    with refusing(ERRORS, rank=place.rank):
+    with refusing(ERRORS, rank=place.rank, lost=lost):
         run = schema.resolve(cfg)
         sizes = schema.check(run, world_size=place.size)
         schema.check_vocabulary(run, tokens=declared_vocabulary(run.data))
-        with outcome(Path(run.run_dir), rank=place.rank):
+        with outcome(Path(run.run_dir), errors=ERRORS, rank=place.rank):
             train(run, sizes=sizes, place=place)
 
 
@@ -46,9 +48,7 @@ def train(run: schema.RunConfig, *, sizes: Sizes, place: World) -> None:
     """Build the parts of a run and fit (all axes)."""
     t, folder = run.train, Path(run.run_dir)
     mesh = open_mesh(sizes, rank=place.rank, local_rank=place.local_rank)
-    if mesh.rank == 0:
-        ensure(run.data)
-    mesh.barrier()
+    Ranks(place.rank, place.size, DataError).first(lambda: ensure(run.data), doing="read or prepare the data")
     streams = open_streams(run.data, rank=mesh.dp_rank, world_size=sizes.dp, **schema.rows(run))
     schema.check_vocabulary(run, tokens=streams.corpus.vocab_size)
 
@@ -75,6 +75,6 @@ def train(run: schema.RunConfig, *, sizes: Sizes, place: World) -> None:
 if __name__ == "__main__":
     hear_hydra()
     schema.register()
-    with refusing(ERRORS, rank=world().rank):
+    with refusing(ERRORS, rank=world().rank, lost=lost), schema.composing(sys.argv[1:]):
         main()
     leave(processes=world().size)

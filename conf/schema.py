@@ -1,10 +1,15 @@
 """The shape of a run: every room's config under one root, checked before anything is built."""
 
 import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,6 +38,9 @@ class RunConfig:
     run_dir: str = MISSING
 
 
+FOLDER = Path(__file__).parent
+
+
 class ConfigError(ValueError):
     """A value that a user wrote and can correct, in one line."""
 
@@ -50,10 +58,53 @@ def resolve(cfg: DictConfig) -> RunConfig:
     """
     try:
         run = OmegaConf.to_object(cfg)
-    except (OmegaConfBaseException, ValueError) as error:
+    except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
+    except ValueError as error:
+        raise ConfigError(_full_key(str(error), cfg) or str(error)) from error
     assert isinstance(run, RunConfig), f"{type(run)=}"
     return run
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Whether words of a command line choose a file for every group that they name: Hydra fails on ``model=null``.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        if value in ("null", "") and (FOLDER / key).is_dir():
+            names = ", ".join(sorted(path.stem for path in (FOLDER / key).glob("*.yaml")))
+            raise ConfigError(f"{word}: must be one of {names}")
+
+
+@contextmanager
+def composing(words: Sequence[str]) -> Iterator[None]:
+    """Make one line of what Hydra cannot say of a command line.
+
+    Raises:
+        ConfigError: a word chooses no file, or sets a value inside a slot that this run leaves empty.
+    """
+    check_words(words)
+    try:
+        yield
+    except (AssertionError, AttributeError) as error:  # what OmegaConf raises for a value inside an empty slot
+        choices = [word for word in words if "." not in word.partition("=")[0]]
+        for word in words:
+            if not _composes([*choices, word]):
+                raise ConfigError(f"{word}: cannot be set, a part of its path is an empty slot (null) here") from error
+        raise
+
+
+def _composes(words: list[str]) -> bool:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(FOLDER), version_base=None):
+        try:
+            compose("train", overrides=words)
+        except (AssertionError, AttributeError):
+            return False
+    return True
 
 
 def check(run: RunConfig, *, world_size: int) -> Sizes:
@@ -119,6 +170,29 @@ def _explain_key(error: OmegaConfBaseException) -> str:
         hint = f", did you mean {close[0]}?" if close else ";"
         return f"{key}: unknown key{hint} allowed in {parent or 'the root'}: {', '.join(allowed)}"
     return f"{key}: {first}"
+
+
+def _full_key(said: str, part: DictConfig, *, path: str = "") -> str | None:
+    """What a part's check ``said``, with the whole path of the key; None where no check of this part fails.
+
+    Example: ``attention.n_kv_heads=3: must be …`` becomes ``model.blocks.dense.attention.n_kv_heads=3: must be …``.
+    """
+    for name in map(str, part):
+        if not OmegaConf.is_missing(part, name) and isinstance(part[name], DictConfig) and part[name]:
+            found = _full_key(said, part[name], path=f"{path}.{name}".lstrip("."))
+            if found is not None:
+                return found
+    try:
+        OmegaConf.to_object(part)
+    except (OmegaConfBaseException, ValueError) as error:
+        if str(error) != said:
+            return None
+    else:
+        return None
+    key, _, rest = said.partition("=")
+    while key and OmegaConf.select(part, key, default=...) is ...:  # the check names its part in its own way
+        key = key.partition(".")[2]
+    return f"{path}.{key}".strip(".") + f"={rest}"
 
 
 USER_ERRORS = (HydraException, OmegaConfBaseException, ConfigError)

@@ -1,6 +1,7 @@
 """Who this process is among all; the only reader of the environment."""
 
 import os
+import sys
 from dataclasses import dataclass
 
 
@@ -20,8 +21,11 @@ class World:
 
 
 def hear_hydra() -> None:
-    """Have Hydra hand errors through instead of printing them its own way."""
+    """Have Hydra hand errors through instead of printing them its own way, and not see what is not for it."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = [
+        word for word in sys.argv[1:] if not word.startswith("--local_rank")
+    ]  # DeepSpeed's launcher adds it
 
 
 def world() -> World:

@@ -22,12 +22,24 @@ class Dtype(StrEnum):
     bf16 = "bf16"
 
 
+PRECISIONS = [(Dtype.fp64, Dtype.fp64), (Dtype.fp32, Dtype.fp32), (Dtype.fp32, Dtype.bf16)]
+"""Formats of parameters and of what is computed that go together."""
+
+
 @dataclass
 class PrecisionConfig:
     """Formats of a run."""
 
     params: Dtype = MISSING  # parameters, their gradients and the optimizer's state
     compute: Dtype = MISSING  # activations and matrix products
+
+    def __post_init__(self) -> None:
+        if (self.params, self.compute) not in PRECISIONS:
+            allowed = ", ".join(f"{params} with {compute}" for params, compute in PRECISIONS)
+            raise ValueError(
+                f"precision.params={self.params}, precision.compute={self.compute}: must be {allowed}; parameters and "
+                "what is counted beside them need at least fp32: bf16 rounds counts above 256"
+            )
 
 
 @dataclass

@@ -41,11 +41,6 @@ class Mesh:
             return None
         return dist.group.WORLD if axis == "dp" else self.grid.get_group(axis)
 
-    def barrier(self) -> None:
-        """Wait for all ranks (all axes)."""
-        if self.grid is not None:
-            dist.barrier()
-
     def close(self) -> None:
         """Leave the process group (all axes)."""
         if self.grid is not None:

@@ -1,12 +1,16 @@
 """What a user gets wrong on the command line: one line that names it, exit status 2, nothing written."""
 
+import json
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from killing import wait_for
 
 from data.config import PrepareConfig as Prepare
 from data.prepare import prepare
@@ -51,6 +55,9 @@ def refused(capsys, monkeypatch, *overrides):
         (["checkpoint.init=nowhere"], ["checkpoint.init=nowhere", "step-"]),
         (["checkpoint.resume=nowhere"], ["nowhere"]),
         (["train.steps"], ["train.steps"]),
+        (["model=null"], ["model=null", "llama3_tiny"]),
+        (["model.blocks.dense.mla.n_heads=3"], ["model.blocks.dense.mla.n_heads=3", "empty slot"]),
+        (["run_dir="], ["run_dir"]),
     ],
 )
 def test_a_wrong_word_is_one_line(capsys, monkeypatch, tmp_path, overrides, words):
@@ -72,8 +79,6 @@ def shards(tmp_path_factory):
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "corrupted", "manifest"])
 def test_damaged_shards_are_named(capsys, monkeypatch, tmp_path, shards, damage):
-    import shutil
-
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
     shard = folder / "train-00000.bin"
@@ -106,3 +111,71 @@ def test_under_torchrun_rank_0_alone_says_it(tmp_path):
     done = subprocess.run([*command, "train.steps=0"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stderr.count("error: train.steps=0: must be above 0") == 1
+
+
+def under_torchrun(*overrides):
+    """The error lines of two processes of which one at least must fail; none may show a traceback."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *SMALL]
+    done = subprocess.run([*command, "parallel=fsdp", *overrides], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    before, _, launcher = done.stderr.partition("torch/distributed/elastic/multiprocessing/api.py")
+    assert "Traceback" not in before and "[rank" not in done.stderr, done.stderr
+    assert launcher.count("Traceback (most") == 1, done.stderr  # the launcher's own
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_under_torchrun_data_that_is_not_there_is_one_line(tmp_path):
+    [line] = under_torchrun("data=shards", "data.folder=nowhere", f"run_dir={tmp_path}/run")
+    assert "nowhere" in line
+
+
+def test_under_torchrun_a_damaged_shard_is_one_line(tmp_path, shards):
+    shutil.copytree(shards, tmp_path / "shards")
+    (tmp_path / "shards" / "train-00000.bin").write_bytes(b"short")
+    [line] = under_torchrun("data=shards", f"data.folder={tmp_path}/shards", f"run_dir={tmp_path}/run")
+    assert "train-00000.bin" in line
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["outcome"] == "failed"
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "plots/loss.png"])
+def test_under_torchrun_a_file_that_rank_0_cannot_write_is_one_line(tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    [line] = under_torchrun(f"run_dir={tmp_path}/run")
+    assert f"{tmp_path}/run/{name}" in line
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["outcome"] == "failed"
+
+
+def test_a_run_dir_that_is_a_file_is_named(capsys, monkeypatch, tmp_path):
+    (tmp_path / "run").write_text("")
+    line = refused(capsys, monkeypatch, f"run_dir={tmp_path}/run")
+    assert f"run_dir={tmp_path}/run: must be a folder to write to: File exists" in line
+
+
+def test_a_damaged_line_of_metrics_is_named(capsys, monkeypatch, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    line = refused(capsys, monkeypatch, f"run_dir={tmp_path}")
+    assert f"{tmp_path}/metrics.jsonl, line 1" in line
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_a_run_whose_folder_is_taken_meanwhile(capsys, monkeypatch, tmp_path, number, code):
+    command = [sys.executable, "train.py", *SMALL, "train.steps=1000000", f"run_dir={tmp_path}/run"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+        line = refused(capsys, monkeypatch, f"run_dir={tmp_path}/run")
+        assert f"run_dir={tmp_path}/run: another run is going on there" in line
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    assert said.count("stopped; the same command goes on from the last checkpoint") == (number == signal.SIGINT)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["outcome"] == "stopped"
+
+
+def test_starting_over_keeps_the_metrics_of_before(tmp_path):
+    command = [sys.executable, "train.py", *SMALL, f"run_dir={tmp_path}"]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert subprocess.run([*command, "checkpoint.resume=never", "train.steps=1"], cwd=ROOT).returncode == 0
+    assert (tmp_path / "checkpoints" / "replaced-1" / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "metrics.jsonl").read_bytes().count(b"\n") == 1

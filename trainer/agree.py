@@ -1,4 +1,4 @@
-"""Work on files that succeeds on all ranks or fails on all: no rank waits for one that has given up."""
+"""Work that succeeds on all ranks or fails on all: no rank waits for one that has given up."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,31 +10,41 @@ from trainer.manifest import CheckpointError
 
 Result = TypeVar("Result")
 
+# How gloo, NCCL and the store of the rendezvous put it that the process at the other end is gone.
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "recv, got 0 bytes")
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """All processes of a run; a ``world_size`` of 1 needs no process group."""
+    """All processes of a run; a ``world_size`` of 1 needs no process group.
+
+    Attributes:
+        rank: of this process.
+        world_size: number of processes.
+        error: what all ranks raise when work fails, made of its message.
+    """
 
     rank: int
     world_size: int
+    error: type[Exception] = CheckpointError
 
     def gather(self, work: Callable[[], Result], *, doing: str) -> list[Result]:
         """Do the work on every rank (one all-gather over all ranks).
 
         Args:
-            work: may raise ``OSError`` or ``CheckpointError``; its result has to pickle.
+            work: may raise ``OSError`` or ``self.error``; its result has to pickle.
             doing: what the work does, for the message of an ``OSError``: cannot ``doing``: No space left on device.
 
         Returns:
             Every rank's result, the same list on all ranks.
 
         Raises:
-            CheckpointError: the work failed somewhere; all ranks raise the lowest such rank's message.
+            Exception: ``self.error``, since the work failed somewhere; all ranks raise the lowest such rank's message.
         """
         mine: tuple[Result | None, str | None]
         try:
             mine = work(), None
-        except CheckpointError as error:
+        except self.error as error:
             mine = None, str(error)
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
@@ -44,7 +54,7 @@ class Ranks:
             dist.all_gather_object(everyone, mine)
         for _, message in everyone:
             if message is not None:
-                raise CheckpointError(message)
+                raise self.error(message)
         return [result for result, _ in everyone]  # type: ignore[misc]  # None only beside a message
 
     def each(self, work: Callable[[], Result], *, doing: str) -> Result:
@@ -57,3 +67,8 @@ class Ranks:
         """Do the work on rank 0 and give all ranks its result (one all-gather over all ranks); errors as ``gather``."""
         result = self.gather(lambda: work() if self.rank == 0 else None, doing=doing)[0]
         return result  # type: ignore[return-value]  # rank 0 did the work
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of a collective only tells that another process is gone, which knows why."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in GONE)

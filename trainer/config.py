@@ -1,5 +1,6 @@
 """How a model is trained: batches, optimizer, schedule, checkpoints, logging."""
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -32,7 +33,7 @@ class TrainConfig:
         for key in ("steps", "global_batch", "micro_batch", "seq_len", "loss_chunk", "eval_rows", "max_norm"):
             check(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "above 0")
         for key in ("mtp_weight", "eval_every", "sample_tokens"):
-            check(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
+            check(0 <= getattr(self, key) < math.inf, f"train.{key}", getattr(self, key), "0 or more, and finite")
 
 
 class OptimKind(StrEnum):
@@ -53,8 +54,9 @@ class OptimConfig:
     eps: float = MISSING
 
     def __post_init__(self) -> None:
-        check(self.lr > 0, "optim.lr", self.lr, "above 0")
-        check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        for key in ("lr", "eps"):
+            check(0 < getattr(self, key) < math.inf, f"optim.{key}", getattr(self, key), "above 0, and finite")
+        check(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more, and finite")
         for key in ("beta1", "beta2"):
             check(0 <= getattr(self, key) < 1, f"optim.{key}", getattr(self, key), "from 0 up to, not including, 1")
 

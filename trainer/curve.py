@@ -1,6 +1,5 @@
 """The picture of a run's losses, ``plots/loss.png``."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.config import CurveAxis
+from trainer.record import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,10 +55,8 @@ class Curve:
             label = f"unigram entropy {self._entropy:.3f}"
             axes.axhline(self._entropy, color=ENTROPY, lw=1.2, ls=(0, (5, 3)), label=label)
         self._dress(axes)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(f".{self.path.name}")
-        figure.savefig(unfinished, format="png")
-        os.replace(unfinished, self.path)
+        with whole(self.path) as partial:
+            figure.savefig(partial, format="png")
 
     def _draw_train(self, axes: "Axes") -> None:
         """The training loss, raw in the background and smooth in front."""

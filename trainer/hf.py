@@ -25,7 +25,7 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     """
     config = stored_config(checkpoint)
     tensors = read_tensors(checkpoint, under="model")
-    files = sorted((checkpoint.parent.parent / TOKENIZER).glob("*"))
+    files = sorted((checkpoint.resolve().parent.parent / TOKENIZER).glob("*"))
     hf.write(config, tensors.__getitem__, folder=folder, tokenizer=files, replace=True)
 
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             export_checkpoint(given.checkpoint, given.folder)
         else:
             import_checkpoint(given.folder, given.checkpoint)
-    except (CheckpointError, hf.HFError) as error:
+    except (CheckpointError, hf.HFError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(given.folder if given.command == "export" else given.checkpoint)

@@ -4,20 +4,22 @@ from dataclasses import asdict
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from zoo.config import ModelConfig
+from trainer.manifest import CheckpointError
+from zoo.config import ModelConfig, expanded
 
 STEERING = {"init_std", "balance_rate", "balance_loss"}  # may change from one start to the next
 
 
 def identity(config: ModelConfig, *, tokenizer: str) -> dict[str, Any]:
-    """As JSON, for comparison.
+    """As JSON, for comparison: of two ways to write the same layers down, neither is another model.
 
     Args:
         config: of the model.
         tokenizer: a fingerprint of the tokens' meaning.
     """
-    return {"model": without(plain(config), STEERING), "tokenizer": tokenizer}
+    return {"model": without(expanded(config), STEERING), "tokenizer": tokenizer}
 
 
 def plain(config: ModelConfig) -> dict[str, Any]:
@@ -26,14 +28,23 @@ def plain(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_plain(values: dict[str, Any]) -> ModelConfig:
-    """The config that ``plain`` wrote."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
+    """The config that ``plain`` wrote.
+
+    Raises:
+        CheckpointError: it was written by another version, or is of a model that is no longer built.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise CheckpointError(f"the model in the checkpoint cannot be built: {str(error).splitlines()[0]}") from error
     assert isinstance(config, ModelConfig), f"{type(config)=}"
     return config
 
 
 def without(values: Any, keys: set[str]) -> Any:
-    """Nested dicts less the given keys, at any depth."""
+    """Nested dicts and lists less the given keys, at any depth."""
     if isinstance(values, dict):
         return {key: without(value, keys) for key, value in values.items() if key not in keys}
+    if isinstance(values, list):
+        return [without(value, keys) for value in values]
     return values

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
@@ -17,6 +18,7 @@ from trainer.config import LogConfig, Wandb
 from trainer.console import Progress
 from trainer.curve import Curve
 from trainer.metrics import FILE, read
+from trainer.record import whole, writing
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -101,10 +103,12 @@ class Log:
         if not self._writes:
             return
         self._progress.close()
-        if self._drawn != self._step:
-            self._draw()
-        if self._run:
-            self._run.finish(exit_code=int(failed))
+        try:
+            if self._drawn != self._step:
+                self._draw()
+        finally:
+            if self._run:
+                self._run.finish(exit_code=int(failed))
 
     def __enter__(self) -> Self:
         return self
@@ -112,7 +116,11 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close(failed=error is not None)
+        if error is None:
+            self.close()
+        else:
+            with suppress(OSError):  # a full disk refuses the curve too; the error that is there already says more
+                self.close(failed=True)
 
     def _draw(self) -> None:
         self._curve.draw()
@@ -120,7 +128,8 @@ class Log:
         if self._run:
             import wandb
 
-            self._run.log({"loss_curve": wandb.Image(str(self._curve.path)), "step": self._step})
+            with writing(self._curve.path.parents[1] / "wandb"):  # the picture is copied there
+                self._run.log({"loss_curve": wandb.Image(str(self._curve.path)), "step": self._step})
 
 
 def _open_run(
@@ -153,16 +162,25 @@ def _open_run(
             run = bounded(lambda: init("online"), seconds=INIT, late="opened no run")
             say(f"Weights & Biases: {run.url}")
         except (Unreachable, wandb.Error) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            say(f"log.wandb=online: {reason}; this run is kept offline in {run_dir / 'wandb'}, `wandb sync` sends it")
+            kept = f"this run is kept offline in {run_dir / 'wandb'}, `wandb sync` sends it"
+            say(f"log.wandb=online: {_reason(error)}; {kept}")
             # The client's own process holds the run's id until it is told to stop, and takes its time over it.
             stopping = threading.Thread(target=wandb.teardown, daemon=True)
             stopping.start()
             stopping.join(1.0)
-    run = run or init("offline")
+    try:
+        run = run or init("offline")
+    except wandb.Error as error:
+        say(f"log.wandb={config.wandb.value}: {_reason(error)}; this run goes on without Weights & Biases")
+        return None
     # Updates made again after a kill have earlier numbers: with the client's own counter they would be refused.
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _reach() -> None:
@@ -205,7 +223,9 @@ def bounded(call: Callable[[], Result], *, seconds: float, late: str) -> Result:
 def _run_id(run_dir: Path) -> str:
     """The id that every attempt at this run has, made by the first."""
     file = run_dir / RUN_ID
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(4))
-    return file.read_text().strip()
+    run_id = file.read_text().strip() if file.exists() else ""
+    if not run_id:  # also of a file that a crash has emptied
+        run_id = secrets.token_hex(4)
+        with whole(file) as partial:
+            partial.write_text(run_id)
+    return run_id

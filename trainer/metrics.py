@@ -2,16 +2,23 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 
+from trainer.record import whole, writing
+
 FILE = "metrics.jsonl"
 FIRST = ("step", "tokens", "loss", "grad_norm", "lr", "seconds", "tokens_per_second")  # in every line, in this order
+
+
+class MetricsError(ValueError):
+    """A damaged line of ``metrics.jsonl``; the message is one line and names it."""
 
 
 class Metrics:
@@ -22,15 +29,24 @@ class Metrics:
     """
 
     def __init__(self, run_dir: Path, *, rank: int, step: int) -> None:
-        """Open the file after ``step`` updates; lines past it, of an attempt that was cut short, go."""
-        self._file: IO[str] | None = None
+        """Open the file after ``step`` updates; lines past it, of an attempt that was cut short, go.
+
+        Where that attempt's checkpoints were set aside, a copy of its lines is put beside them.
+
+        Raises:
+            MetricsError: a line of the file is damaged.
+        """
+        self._path = run_dir / FILE
+        self._file: FileIO | None = None
         self._row: dict[str, float] = {}
         self._tokens = 0
         self._started = 0.0
         if rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            cut(run_dir / FILE, after=step)
-            self._file = (run_dir / FILE).open("a", encoding="utf-8", buffering=1)  # a line is handed over when whole
+            copy_aside(self._path, after=step)
+            cut(self._path, after=step)
+            with writing(self._path):
+                run_dir.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("ab", buffering=0)  # nothing is left to write when a full disk refuses
 
     def start(self, *, tokens: int) -> None:
         """Begin timing an update; ``tokens`` is how many were trained on before it."""
@@ -73,13 +89,17 @@ class Metrics:
         """
         row = {key: self._row[key] for key in FIRST} | self._row
         if self._file:
-            self._file.write(json.dumps(row) + "\n")  # floats by repr: they read back to the last bit
+            line = f"{json.dumps(row)}\n".encode()  # floats by repr: they read back to the last bit
+            with writing(self._path):
+                while line:  # a disk that fills up takes a part, then refuses
+                    line = line[self._file.write(line) :]
         return row
 
     def sync(self) -> None:
         """Have the lines so far on the disk, before a checkpoint says that they are there."""
         if self._file:
-            os.fsync(self._file.fileno())
+            with writing(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -99,7 +119,7 @@ def read(path: Path) -> list[dict[str, float]]:
     """The lines of a ``metrics.jsonl``, in order; none if there is no file. A last line torn by a kill is left out.
 
     Raises:
-        ValueError: a line is no object with a step.
+        MetricsError: a line is no object with step and loss.
     """
     return [row for _, row in _whole_lines(path)]
 
@@ -115,7 +135,31 @@ def cut(path: Path, *, after: int) -> None:
             break
         keep = end
     if path.exists():
-        os.truncate(path, keep)  # in place: needs no room on a full disk, and a kill leaves all or nothing of it
+        with writing(path):
+            os.truncate(path, keep)  # in place: needs no room on a full disk, and a kill leaves all or nothing of it
+
+
+def copy_aside(path: Path, *, after: int) -> None:
+    """Copy the file to the latest ``checkpoints/replaced-N`` if its steps past ``after`` were set aside there.
+
+    To be called before ``cut``. Once the copy is there it stays as it is, so a kill between the two changes nothing.
+    """
+    folders = {int(found[1]): found[0] for found in _matches(path.parent / "checkpoints", r"replaced-(\d+)")}
+    if not folders or not path.exists():
+        return
+    aside = path.parent / "checkpoints" / folders[max(folders)]
+    steps = [int(found[1]) for found in _matches(aside, r"step-(\d{8,})")]
+    lines = read(path)
+    if not (aside / FILE).exists() and steps and max(steps) > after and lines and lines[-1]["step"] > after:
+        content = path.read_bytes()
+        with whole(aside / FILE) as partial:
+            partial.write_bytes(content)
+
+
+def _matches(folder: Path, pattern: str) -> list[re.Match[str]]:
+    """Whole names of a folder that follow a pattern; none if there is no folder."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return [found for name in names if (found := re.fullmatch(pattern, name))]
 
 
 def _whole_lines(path: Path) -> list[tuple[int, dict[str, float]]]:
@@ -124,14 +168,15 @@ def _whole_lines(path: Path) -> list[tuple[int, dict[str, float]]]:
     if not path.exists():
         return lines
     end = 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        end += len(line)
-        if not line.endswith(b"\n"):
-            break
+    *complete, _ = path.read_bytes().split(b"\n")  # what follows the last newline is torn, or nothing
+    for number, line in enumerate(complete, start=1):
+        end += len(line) + 1
         try:
             row = json.loads(line)
-            row["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: must be a JSON object with a step") from error
+            damaged = not all(type(row[key]) in (int, float) for key in ("step", "loss"))
+        except (ValueError, KeyError, TypeError):
+            damaged = True
+        if damaged:
+            raise MetricsError(f"{path}, line {number}: must be a JSON object with numbers as step and loss")
         lines.append((end, row))
     return lines

@@ -6,6 +6,7 @@ from typing import Protocol, Self
 
 from parallel.mesh import Mesh
 from trainer.config import TrainConfig
+from trainer.record import whole
 from zoo.decoder import Decoder
 from zoo.generate import generate
 
@@ -52,6 +53,6 @@ class Sampler:
         prompt = [self.tokenizer.eos, *self.tokenizer.encode(self.prompt)]  # as a document begins in training
         added = generate(model, prompt=prompt, n_tokens=self.n_tokens, device=self.mesh.device)
         if self.mesh.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             text = self.tokenizer.decode([*prompt, *added])
-            (self.folder / f"step-{step:08d}.txt").write_text(text, encoding="utf-8")
+            with whole(self.folder / f"step-{step:08d}.txt") as partial:
+                partial.write_text(text, encoding="utf-8")

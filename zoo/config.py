@@ -1,9 +1,14 @@
 """What an architecture is, as data. A part that may be absent is a slot (``Config | None``), never a flag."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from omegaconf import MISSING
+
+FAMILIES = ("deepseek_v3", "llama3", "qwen3")
+"""What ``model.family`` may be: the names that zoo/hf_config.py knows a class of transformers for."""
 
 
 class Scaling(StrEnum):
@@ -19,6 +24,9 @@ class NormConfig:
 
     eps: float = MISSING
 
+    def __post_init__(self) -> None:
+        check_above_0(self, "norm", "eps")
+
 
 @dataclass
 class RopeScalingConfig:
@@ -33,8 +41,9 @@ class RopeScalingConfig:
     mscale_all_dim: float = 1.0  # yarn, of the softmax scale (DeepSeek-V3)
 
     def __post_init__(self) -> None:
-        check(self.factor >= 1, "rope.scaling.factor", self.factor, "at least 1")
-        check(self.original_context > 0, "rope.scaling.original_context", self.original_context, "above 0")
+        check(1 <= self.factor < math.inf, "rope.scaling.factor", self.factor, "at least 1")
+        check_above_0(self, "rope.scaling", "original_context", "low", "high")
+        check_finite(self, "rope.scaling", "mscale", "mscale_all_dim")
         check(self.low <= self.high, "rope.scaling.low", self.low, f"at most high ({self.high})")
 
 
@@ -45,6 +54,9 @@ class RopeConfig:
     theta: float = MISSING
     interleaved: bool = False  # pairs are neighbours (DeepSeek-V3), not halves apart
     scaling: RopeScalingConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_above_0(self, "rope", "theta")
 
 
 @dataclass
@@ -58,8 +70,9 @@ class AttentionConfig:
     qk_norm: NormConfig | None = None  # per head, before rotation (Qwen3)
 
     def __post_init__(self) -> None:
+        check_above_0(self, "attention", "n_heads", "n_kv_heads", "head_dim")
         check(
-            self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads == 0,
+            self.n_heads % self.n_kv_heads == 0,
             "attention.n_kv_heads",
             self.n_kv_heads,
             f"a divisor of n_heads ({self.n_heads})",
@@ -81,6 +94,8 @@ class MLAConfig:
     rope: RopeConfig = MISSING
 
     def __post_init__(self) -> None:
+        ranks = ("kv_rank",) if self.q_rank is None else ("q_rank", "kv_rank")
+        check_above_0(self, "mla", "n_heads", *ranks, "nope_dim", "rope_dim", "v_dim")
         check(self.rope_dim % 2 == 0, "mla.rope_dim", self.rope_dim, "even, for rotation in pairs")
 
 
@@ -89,6 +104,9 @@ class MLPConfig:
     """SwiGLU feed-forward, arXiv 2002.05202."""
 
     d_ff: int = MISSING
+
+    def __post_init__(self) -> None:
+        check_above_0(self, "mlp", "d_ff")
 
 
 @dataclass
@@ -102,19 +120,20 @@ class RouterConfig:
     balance_loss: float = MISSING  # weight of the sequence-wise balance loss; 0: none
 
     def __post_init__(self) -> None:
+        check_above_0(self, "router", "scale", "n_groups", "top_groups")
         check(
-            0 < self.top_groups <= self.n_groups,
+            self.top_groups <= self.n_groups,
             "router.top_groups",
             self.top_groups,
             f"1 to n_groups ({self.n_groups})",
         )
-        check(self.balance_rate >= 0, "router.balance_rate", self.balance_rate, "0 or more")
-        check(self.balance_loss >= 0, "router.balance_loss", self.balance_loss, "0 or more")
+        for key in ("balance_rate", "balance_loss"):
+            check(0 <= getattr(self, key) < math.inf, f"router.{key}", getattr(self, key), "0 or more, and finite")
 
 
 @dataclass
 class MoEConfig:
-    """Routed experts beside one shared expert of width ``d_shared``."""
+    """Routed experts beside one shared expert of width ``d_shared``, which 0 leaves out."""
 
     n_experts: int = MISSING
     top_k: int = MISSING
@@ -123,6 +142,8 @@ class MoEConfig:
     router: RouterConfig = MISSING
 
     def __post_init__(self) -> None:
+        check_above_0(self, "moe", "n_experts", "top_k", "d_expert")
+        check(self.d_shared >= 0, "moe.d_shared", self.d_shared, "0 or more")
         r = self.router
         check(
             self.n_experts % r.n_groups == 0,
@@ -130,16 +151,14 @@ class MoEConfig:
             r.n_groups,
             f"a divisor of n_experts ({self.n_experts})",
         )
-        reachable = self.n_experts // r.n_groups * r.top_groups
-        check(
-            0 < self.top_k <= reachable, "moe.top_k", self.top_k, f"1 to {reachable}, the experts of top_groups groups"
-        )
         check(
             self.n_experts // r.n_groups >= 2,
             "router.n_groups",
             r.n_groups,
             "groups of two experts or more: a group's score is the sum of its best two",
         )
+        reachable = self.n_experts // r.n_groups * r.top_groups
+        check(self.top_k <= reachable, "moe.top_k", self.top_k, f"1 to {reachable}, the experts of top_groups groups")
 
 
 @dataclass
@@ -176,11 +195,12 @@ class ModelConfig:
     init_std: float = MISSING  # of every matrix
 
     def __post_init__(self) -> None:
-        for key in ("d_model", "n_layers", "vocab_size", "context", "init_std"):
-            check(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "above 0")
+        check(self.family in FAMILIES, "model.family", self.family, f"one of {', '.join(FAMILIES)}")
+        check_above_0(self, "model", "d_model", "n_layers", "vocab_size", "context", "init_std")
         check(bool(self.cycle), "model.cycle", self.cycle, "at least one kind of layer")
-        for name in [*self.prefix, *self.cycle]:
-            check(name in self.blocks, "model.prefix or model.cycle", name, f"one of {sorted(self.blocks)}")
+        for key in ("prefix", "cycle"):
+            for name in getattr(self, key):
+                check(name in self.blocks, f"model.{key}", name, f"one of {sorted(self.blocks)}")
         check(
             len(self.prefix) <= self.n_layers, "model.prefix", self.prefix, f"at most n_layers ({self.n_layers}) names"
         )
@@ -202,7 +222,28 @@ class ModelConfig:
         return [self.blocks[kind] for kind in self.kinds]
 
 
+def expanded(config: ModelConfig) -> dict[str, Any]:
+    """A model as plain data with ``layers``, its layers in order, instead of kinds: their names mean nothing."""
+    plain = asdict(config)
+    for key in ("blocks", "prefix", "cycle"):
+        del plain[key]
+    return plain | {"layers": [asdict(layer) for layer in config.layers]}
+
+
 def check(holds: bool, key: str, value: object, allowed: str) -> None:
     """Raise the one-line ``ValueError`` of a value that a user can correct."""
     if not holds:
         raise ValueError(f"{key}={value}: must be {allowed}")
+
+
+def check_above_0(part: object, section: str, *keys: str) -> None:
+    """``check`` that values of a part's fields are above 0 and finite."""
+    for key in keys:
+        check(getattr(part, key) > 0, f"{section}.{key}", getattr(part, key), "above 0")
+    check_finite(part, section, *keys)
+
+
+def check_finite(part: object, section: str, *keys: str) -> None:
+    """``check`` that values of a part's fields are neither infinite nor NaN."""
+    for key in keys:
+        check(math.isfinite(getattr(part, key)), f"{section}.{key}", getattr(part, key), "finite")

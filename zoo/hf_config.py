@@ -5,7 +5,6 @@ absent one means what transformers 5.23 takes it for. How routers are balanced a
 """
 
 import copy
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from zoo.config import (
     MoEConfig,
     NormConfig,
     RouterConfig,
+    expanded,
 )
 from zoo.hf_fields import Fields, HFError
 from zoo.hf_rope import read_rope, write_rope
@@ -78,9 +78,9 @@ def parse(raw: dict[str, Any], *, source: str) -> ModelConfig:
     """
     fields = Fields(raw, source=source)
     known = {family.model_type: family for family in FAMILIES}
-    if raw.get("model_type") not in known:
+    family = known.get(str(raw.get("model_type")))
+    if family is None:
         raise fields.fault("model_type", f"one of {sorted(known)}")
-    family = known[raw["model_type"]]
     if raw.get("architectures") not in (None, [family.architecture]):
         raise fields.fault("architectures", f'["{family.architecture}"]')
     for key, (only, absent) in family.fixed.items():
@@ -137,7 +137,8 @@ def _read_model(fields: Fields, **parts: Any) -> ModelConfig:
 
 
 def _read_dense(fields: Fields, family: str) -> ModelConfig:
-    if any(kind != "full_attention" for kind in fields.raw.get("layer_types") or []):
+    kinds = fields.raw.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}):
         raise fields.fault("layer_types", "full_attention in every layer")
     n_heads = fields.whole("num_attention_heads")
     qwen = family == "qwen3"
@@ -172,8 +173,6 @@ def _read_deepseek(fields: Fields) -> ModelConfig:
     n_heads, n_layers = fields.whole("num_attention_heads"), fields.whole("num_hidden_layers")
     if fields.whole("num_key_value_heads", absent=n_heads) != n_heads:
         raise fields.fault("num_key_value_heads", f"num_attention_heads ({n_heads})")
-    if fields.whole("n_shared_experts") < 1:
-        raise fields.fault("n_shared_experts", "1 or more")
     mla = MLAConfig(
         n_heads=n_heads,
         q_rank=None if fields.raw.get("q_lora_rank") is None else fields.whole("q_lora_rank"),
@@ -205,9 +204,11 @@ def _read_deepseek(fields: Fields) -> ModelConfig:
         fields,
         family="deepseek_v3",
         blocks=blocks,
-        prefix=["dense"] * min(fields.whole("first_k_dense_replace"), n_layers),
+        prefix=["dense"] * min(fields.whole("first_k_dense_replace", least=0), n_layers),
         cycle=["moe"],
-        n_mtp=fields.whole("num_nextn_predict_layers", absent=fields.whole("num_mtp_layers", absent=1)),
+        n_mtp=fields.whole(
+            "num_nextn_predict_layers", absent=fields.whole("num_mtp_layers", absent=1, least=0), least=0
+        ),
     )
 
 
@@ -250,10 +251,8 @@ def _function(config: ModelConfig) -> dict[str, Any]:
             mixer.rope.scaling = None
         if block.moe is not None:
             block.moe.router.balance_rate = block.moe.router.balance_loss = 0.0
-    plain = dataclasses.asdict(config)
-    for key in ("blocks", "prefix", "cycle", "init_std"):
-        del plain[key]
-    plain["layers"] = [dataclasses.asdict(layer) for layer in config.layers]
+    plain = expanded(config)
+    del plain["init_std"]
     return plain
 
 

@@ -1,8 +1,12 @@
 """Fields of a ``config.json``, and the one error that all reading and writing of Hugging Face folders raises."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+MOST = 2**31
+"""Above any size of a model: two such, multiplied, still count the elements of a tensor of torch."""
 
 
 class HFError(ValueError):
@@ -16,18 +20,18 @@ class Fields:
         self.raw = raw
         self.source = source
 
-    def whole(self, key: str, *, absent: int | None = None) -> int:
-        """A whole number; without ``absent`` the field is required."""
+    def whole(self, key: str, *, absent: int | None = None, least: int = 1) -> int:
+        """A whole number of at least ``least``; without ``absent`` the field is required."""
         value = absent if self.raw.get(key) is None else self.raw[key]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.fault(key, "a whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < MOST:
+            raise self.fault(key, f"a whole number from {least} to {MOST - 1}")
         return value
 
     def number(self, key: str, *, absent: float | None = None) -> float:
         """A number; without ``absent`` the field is required."""
         value = absent if self.raw.get(key) is None else self.raw[key]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.fault(key, "a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+            raise self.fault(key, "a number, and finite")
         return float(value)
 
     def flag(self, key: str, *, absent: bool) -> bool:
@@ -58,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise HFError(f"{path}: no such file: must be in a folder of Hugging Face's layout") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HFError(f"{path}: cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise HFError(f"{path}: must hold a JSON object")

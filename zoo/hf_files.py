@@ -1,6 +1,7 @@
 """Safetensors files of a Hugging Face folder: read lazily, written in shards, the folder whole or not there at all."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MTP_FILES = "mtp*.safetensors"
+FILE = re.compile(r"[^/\\\0]+\.safetensors")
 READABLE = {"F64", "F32", "F16", "BF16"}
 
 
@@ -31,7 +33,7 @@ class Stored:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = read_json(folder / INDEX)["weight_map"] if (folder / INDEX).exists() else {}
+        index = _read_index(folder / INDEX) if (folder / INDEX).exists() else {}
         names = set(index.values()) or {SINGLE}
         names |= {path.name for path in folder.glob(MTP_FILES)}
         self._files: dict[str, Any] = {}
@@ -122,6 +124,7 @@ def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
         HFError: ``folder`` holds something and ``replace`` is false, or what it holds is no such folder; or the disk
             does not take the files.
     """
+    folder = folder.resolve()  # "." has no folder beside it, and a link is not what is replaced
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not replace:
         raise HFError(f"{folder}: exists: must be a new or empty folder")
@@ -156,10 +159,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    """File of every key; a file is one of the same folder."""
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict):
+        raise HFError(f"{path}: weight_map={json.dumps(files)}: must be an object of keys and files")
+    for key, name in files.items():
+        if not isinstance(name, str) or not FILE.fullmatch(name):
+            raise HFError(f"{path}: {key}={json.dumps(name)}: must be a .safetensors file of the same folder")
+    return files
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu").__enter__()
     except FileNotFoundError as error:
         raise HFError(f"{path}: no such file: must be a folder of safetensors files") from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise HFError(f"{path}: is no whole safetensors file: {error}") from error

@@ -26,7 +26,7 @@ def read_rope(config: Fields, *, interleaved: bool) -> RopeConfig:
         raise config.fault(name, "an object")
     fields = Fields(raw, source=f"{config.source}: {name}")
     kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind not in KNOWN:
+    if not isinstance(kind, str) or kind not in KNOWN:
         raise fields.fault("rope_type" if "rope_type" in raw else "type", f"one of {sorted(KNOWN)}")
     for key in sorted(set(raw) - EVERYWHERE - KNOWN[kind]):
         raise fields.fault(key, f"absent from rope_type {kind}")

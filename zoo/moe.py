@@ -12,14 +12,14 @@ from zoo.router import AttachLoss, Router, Tally
 
 
 class MoE(nn.Module):
-    """S of E narrow experts for each token, chosen by a router, and a shared expert for all."""
+    """S of E narrow experts for each token, chosen by a router, and a shared expert, if there is one, for all."""
 
     def __init__(self, config: MoEConfig, *, d_model: int) -> None:
         super().__init__()
         self.router = Router(config, d_model=d_model)
         self.dispatcher = Dispatcher()
         self.experts = Experts(n_experts=config.n_experts, d_model=d_model, d_expert=config.d_expert)
-        self.shared = MLP(d_model=d_model, d_ff=config.d_shared)
+        self.shared = MLP(d_model=d_model, d_ff=config.d_shared) if config.d_shared else None
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tally]:
         """Map (B, T, D) to (B, T, D) and count; under training the balance loss rides on the result's gradient."""
@@ -27,7 +27,9 @@ class MoE(nn.Module):
         routing = self.router(tokens)
         sent = self.dispatcher.dispatch(tokens, routing.chosen, n_experts=routing.scores.shape[-1])
         routed = self.dispatcher.combine(self.experts(sent.rows, sent.counts), sent, routing.weights)
-        y = routed.view_as(x) + self.shared(x)
+        y = routed.view_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x)
 
         balance = torch.zeros_like(self.router.balance_value)
         if context.rows is not None and self.router.config.balance_loss > 0:

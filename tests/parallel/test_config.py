@@ -1,6 +1,6 @@
 import pytest
 
-from parallel.config import ParallelConfig, Sizes, accumulation, fit
+from parallel.config import Dtype, ParallelConfig, PrecisionConfig, Sizes, accumulation, fit
 
 
 def test_what_is_left_of_the_processes_shares_a_copy():
@@ -26,3 +26,16 @@ def test_a_batch_that_cannot_be_cut_is_refused_with_the_numbers():
     assert accumulation(global_batch=24, micro_batch=2, dp=4) == 3
     with pytest.raises(ValueError, match=r"train.global_batch=20: must be a multiple of train.micro_batch \(2\) times"):
         accumulation(global_batch=20, micro_batch=2, dp=4)
+
+
+@pytest.mark.parametrize("compute", Dtype)
+@pytest.mark.parametrize("params", Dtype)
+def test_formats_that_do_not_go_together_are_refused_by_their_keys(params, compute):
+    if (params, compute) in [("fp64", "fp64"), ("fp32", "fp32"), ("fp32", "bf16")]:
+        assert PrecisionConfig(params, compute).compute is compute
+        return
+    with pytest.raises(ValueError) as caught:
+        PrecisionConfig(params, compute)
+    said = str(caught.value)
+    assert said.startswith(f"precision.params={params}, precision.compute={compute}: must be fp64 with fp64, fp32 with")
+    assert "bf16 rounds counts above 256" in said and "\n" not in said

@@ -41,6 +41,19 @@ def test_one_update_and_numbers_that_are_none_can_be_drawn(tmp_path):
     assert curve.path.exists()
 
 
+def test_a_disk_that_refuses_is_named_and_no_half_picture_stays(tmp_path, monkeypatch):
+    def refuse(partial, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trainer.record.os.replace", refuse)
+    curve = Curve(tmp_path / "plots" / "loss.png", title="run", axis=CurveAxis.linear, entropy=None)
+    curve.add({"step": 1.0, "loss": 3.0})
+    with pytest.raises(OSError) as refused:
+        curve.draw()
+    assert str(refused.value) == f"cannot write {curve.path}: No space left on device"
+    assert list(curve.path.parent.iterdir()) == []
+
+
 def test_smooth_averages_the_neighbours_that_are_there():
     assert smooth(np.array([1.0, 2, 3, 4, 5]), window=3).tolist() == [1.5, 2, 3, 4, 4.5]
     assert smooth(np.array([1.0, math.inf, 3]), window=3).tolist() == [1, 2, 3]

@@ -14,7 +14,7 @@ from rich.console import Console
 from wandb.proto import wandb_internal_pb2
 
 from trainer.config import CurveAxis, LogConfig, Wandb
-from trainer.log import Log
+from trainer.log import Log, _run_id
 
 SETTINGS = {"model": {"d_model": 64, "cycle": ["dense"]}, "seed": 3}
 
@@ -214,3 +214,35 @@ def test_a_failed_run_is_marked_as_failed(tmp_path):
 def test_a_server_that_refuses_the_key_is_told(tmp_path, monkeypatch, server):
     line, seconds = offline_after(tmp_path, monkeypatch, url=server(status=401), key=True)
     assert seconds < 10
+
+
+@pytest.mark.parametrize("left", [None, ""])
+def test_a_run_id_is_made_where_there_is_none(tmp_path, left):
+    (tmp_path / "wandb").mkdir()
+    if left is not None:
+        (tmp_path / "wandb" / "run-id").write_text(left)
+    made = _run_id(tmp_path)
+    assert len(made) == 8 and _run_id(tmp_path) == made
+    assert [path.name for path in (tmp_path / "wandb").iterdir()] == ["run-id"]
+
+
+def test_a_client_that_does_not_start_costs_one_line_and_no_run(tmp_path, monkeypatch):
+    def refuse(**settings):
+        raise wandb.Error("no core\nfor this machine")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    shown = train(tmp_path / "run")
+    assert "log.wandb=offline: no core for this machine; this run goes on without Weights & Biases\n" in shown
+    assert (tmp_path / "run" / "plots" / "loss.png").exists()
+
+
+def test_a_curve_that_cannot_be_drawn_does_not_hide_why_a_run_failed(tmp_path):
+    (tmp_path / "plots").write_text("in the way")
+    console = Console(file=io.StringIO())
+    with pytest.raises(ArithmeticError):
+        with Log(config(Wandb.disabled), run_dir=tmp_path, rank=0, steps=3, settings={}, console=console) as log:
+            log.row({"step": 1, "tokens": 64, "loss": 3.0, "tokens_per_second": 1.0})
+            raise ArithmeticError("diverged")
+    with pytest.raises(OSError, match="cannot write .*plots/loss.png"):
+        with Log(config(Wandb.disabled), run_dir=tmp_path, rank=0, steps=3, settings={}, console=console) as log:
+            log.row({"step": 1, "tokens": 64, "loss": 3.0, "tokens_per_second": 1.0})

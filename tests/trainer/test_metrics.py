@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from trainer.metrics import FILE, Metrics, cut, read, to_floats
+from trainer.metrics import FILE, Metrics, MetricsError, cut, read, to_floats
 
 
 def record(metrics, *, step, loss=1.0, more=None):
@@ -71,12 +71,58 @@ def test_a_line_torn_by_a_kill_is_neither_read_nor_kept(tmp_path):
     assert file.read_text() == '{"step": 1, "loss": 2.5}\n'
 
 
-@pytest.mark.parametrize("damage", ["not json", "[1]", "{}", "3"])
-def test_a_damaged_line_is_named(tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage", ["not json", "[1]", "{}", "3", '{"step": "2", "loss": 1}', '{"step": 2}', "\r", "\0\0", "\udcff"]
+)
+def test_a_damaged_line_is_named_and_nothing_is_cut(tmp_path, damage):
     file = tmp_path / FILE
-    file.write_text(f'{{"step": 1}}\n{damage}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: must be a JSON object with a step"):
-        read(file)
+    content = f'{{"step": 1, "loss": 2.5}}\n{damage}\n{{"step": 3, "loss": 2.5}}\n'.encode(errors="surrogateescape")
+    file.write_bytes(content)
+    for use in (lambda: read(file), lambda: Metrics(tmp_path, rank=0, step=1)):
+        with pytest.raises(MetricsError, match=r"metrics\.jsonl, line 2: must be a JSON object with numbers as step"):
+            use()
+    assert file.read_bytes() == content
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    metrics = Metrics(tmp_path, rank=0, step=0)
+    metrics._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.raises(OSError) as refused:
+        record(metrics, step=1)
+    assert str(refused.value) == f"cannot write {tmp_path / FILE}: No space left on device"
+
+
+def test_a_line_is_written_whole_by_a_disk_that_takes_a_few_bytes_at_a_time(tmp_path):
+    class Slow:
+        def write(self, line):
+            (tmp_path / "slow").open("ab").write(line[:7])
+            return len(line[:7])
+
+    metrics = Metrics(tmp_path, rank=0, step=0)
+    metrics._file = Slow()
+    record(metrics, step=1)
+    assert [row["step"] for row in read(tmp_path / "slow")] == [1]
+
+
+def test_starting_over_keeps_the_lines_beside_the_checkpoints_that_were_set_aside(tmp_path):
+    def restart(*, step):
+        Metrics(tmp_path, rank=0, step=step).close()
+        return [row["step"] for row in read(tmp_path / FILE)]
+
+    metrics = Metrics(tmp_path, rank=0, step=0)
+    for step in range(1, 5):
+        record(metrics, step=step)
+    before = (tmp_path / FILE).read_bytes()
+    for number, name in ((1, "step-00000002"), (2, "step-00000004")):
+        (tmp_path / "checkpoints" / f"replaced-{number}" / name).mkdir(parents=True)
+    assert restart(step=4) == [1, 2, 3, 4]  # what was set aside before has nothing to do with it
+    assert not list(tmp_path.rglob("replaced-*/metrics.jsonl"))
+    assert restart(step=2) == [1, 2]
+    assert (tmp_path / "checkpoints" / "replaced-2" / FILE).read_bytes() == before
+    record(Metrics(tmp_path, rank=0, step=2), step=3, loss=9.0)
+    assert restart(step=0) == []
+    assert (tmp_path / "checkpoints" / "replaced-2" / FILE).read_bytes() == before
+    assert len(list(tmp_path.rglob("replaced-*/*"))) == 3
 
 
 def test_no_file_is_no_lines(tmp_path):

@@ -1,6 +1,7 @@
 """Every shipped architecture composes, says what its publisher says, and refuses what cannot be built."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from hydra.errors import ConfigCompositionException
 from models import PUBLISHED, SHIPPED, compose
 from omegaconf.errors import OmegaConfBaseException
 
-from zoo.config import AttentionConfig, MLAConfig, ModelConfig, RopeScalingConfig, Scaling
+from zoo import hf_config
+from zoo.config import FAMILIES, AttentionConfig, MLAConfig, ModelConfig, RopeScalingConfig, Scaling
 
 PARENTS = {"llama3_tiny": "llama31_8b", "qwen3_tiny": "qwen3_06b", "deepseek_v3_tiny": "deepseek_v3_671b"}
 
@@ -127,7 +129,9 @@ def test_layers_follow_prefix_and_cycle():
     ("name", "change", "message"),
     [
         ("llama3_tiny", {"d_model": 0}, "model.d_model=0: must be above 0"),
-        ("llama3_tiny", {"cycle": ["sparse"]}, "model.prefix or model.cycle=sparse: must be one of ['dense']"),
+        ("llama3_tiny", {"cycle": ["sparse"]}, "model.cycle=sparse: must be one of ['dense']"),
+        ("llama3_tiny", {"prefix": ["sparse"]}, "model.prefix=sparse: must be one of ['dense']"),
+        ("llama3_tiny", {"family": "llama9"}, "model.family=llama9: must be one of deepseek_v3, llama3, qwen3"),
         ("llama3_tiny", {"prefix": ["dense"] * 5}, "at most n_layers (4) names"),
         (
             "llama3_tiny",
@@ -167,6 +171,50 @@ def test_a_value_that_cannot_be_built_is_refused_in_one_line(name, change, messa
         compose(name, **change)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+ATTENTION, MLA, MOE = "blocks__dense__attention__", "blocks__moe__mla__", "blocks__moe__moe__"
+SCALING = f"{ATTENTION}rope__scaling__"
+WHOLE = [
+    *(("llama3_tiny", ATTENTION + key) for key in ("n_heads", "n_kv_heads", "head_dim")),
+    *(("llama3_tiny", key) for key in ("d_model", "n_layers", "vocab_size", "context")),
+    *(("llama3_tiny", key) for key in ("blocks__dense__mlp__d_ff", f"{SCALING}original_context")),
+    *(("deepseek_v3_tiny", MLA + key) for key in ("n_heads", "q_rank", "kv_rank", "nope_dim", "rope_dim", "v_dim")),
+    *(("deepseek_v3_tiny", MOE + key) for key in ("n_experts", "top_k", "d_expert")),
+    *(("deepseek_v3_tiny", f"{MOE}router__{key}") for key in ("n_groups", "top_groups")),
+]
+NUMBERS = [
+    *(("llama3_tiny", key) for key in ("init_std", "norm__eps", f"{ATTENTION}rope__theta")),
+    *(("llama3_tiny", SCALING + key) for key in ("factor", "low", "high")),
+    ("qwen3_tiny", f"{ATTENTION}qk_norm__eps"),
+    ("deepseek_v3_tiny", f"{MOE}router__scale"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        *((*where, value) for where in WHOLE for value in (0, -4)),
+        *((*where, value) for where in NUMBERS for value in (0.0, -1.0, math.nan, math.inf)),
+    ],
+)
+def test_a_size_that_is_not_above_0_is_refused_by_its_own_key(name, key, value):
+    """Not by that of another with which it does not fit, and not by a division."""
+    with pytest.raises(ValueError) as caught:
+        compose(name, **{key: value})
+    assert f".{key.rpartition('__')[2]}={value}: must be" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["router__balance_rate", "router__balance_loss", "d_shared"])
+def test_what_may_be_0_is_refused_below(key):
+    compose("deepseek_v3_tiny", **{MOE + key: 0})
+    with pytest.raises(ValueError, match="must be 0 or more"):
+        compose("deepseek_v3_tiny", **{MOE + key: -1})
+
+
+def test_the_families_are_those_that_transformers_has_a_class_for():
+    assert set(FAMILIES) == {family.name for family in hf_config.FAMILIES}
 
 
 def test_an_unknown_key_and_an_ill_typed_value_are_refused():

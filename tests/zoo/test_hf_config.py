@@ -1,6 +1,9 @@
 """``config.json`` survives transformers both ways, and what cannot be built or held is named."""
 
 import json
+import math
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +87,14 @@ def test_yarn_at_rest_is_not_exported():
         ("deepseek_v3_tiny", {"topk_method": "greedy"}, 'topk_method="greedy": must be "noaux_tc"'),
         ("deepseek_v3_tiny", {"norm_topk_prob": False}, "norm_topk_prob=false: must be true"),
         ("deepseek_v3_tiny", {"moe_layer_freq": 2}, "moe_layer_freq=2: must be 1"),
-        ("deepseek_v3_tiny", {"n_shared_experts": 0}, "n_shared_experts=0: must be 1 or more"),
+        ("deepseek_v3_tiny", {"n_shared_experts": 0}, "n_shared_experts=0: must be a whole number from 1"),
+        ("llama3_tiny", {"num_attention_heads": 0}, "num_attention_heads=0: must be a whole number from 1"),
+        ("llama3_tiny", {"hidden_size": 2**40}, "hidden_size=1099511627776: must be a whole number from 1 to"),
+        ("llama3_tiny", {"rms_norm_eps": float("nan")}, "rms_norm_eps=NaN: must be a number, and finite"),
+        ("llama3_tiny", {"rope_theta": 10**400}, "must be a number, and finite"),
+        ("llama3_tiny", {"model_type": ["a"]}, 'model_type=["a"]: must be one of'),
+        ("llama3_tiny", {"layer_types": 5}, "layer_types=5: must be full_attention in every layer"),
+        ("deepseek_v3_tiny", {"first_k_dense_replace": -1}, "first_k_dense_replace=-1: must be a whole number from 0"),
         ("deepseek_v3_tiny", {"num_key_value_heads": 2}, "num_key_value_heads=2: must be num_attention_heads (4)"),
         (
             "deepseek_v3_tiny",
@@ -101,10 +111,32 @@ def test_a_config_that_the_zoo_does_not_build_is_refused(tmp_path, name, changes
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["llama31_8b", "qwen3_tiny", "deepseek_v3_671b"])
+def test_a_field_of_any_value_is_read_or_refused(name):
+    raw = render(compose(name)) | {"layer_types": None, "rope_parameters": None}
+    scaling = raw["rope_scaling"] or {}
+    changed = [raw | {key: value} for key in raw for value in WRONG]
+    changed += [{other: raw[other] for other in raw if other != key} for key in raw]
+    changed += [raw | {"rope_scaling": scaling | {key: value}} for key in [*scaling, "type"] for value in WRONG]
+    changed += [raw | {"rope_scaling": None, "rope_parameters": {"rope_theta": value}} for value in WRONG]
+    read = 0
+    for one in changed:
+        try:
+            config = parse(one, source="config.json")
+        except hf.HFError as error:
+            assert str(error).startswith("config.json: ") and "\n" not in str(error)
+        else:
+            assert config.kinds and asdict(config)
+            read += 1
+    assert read > len(raw)  # fields that say nothing of the model, and absent ones
+
+
+WRONG: list[Any] = [None, True, "x", "", -1, 0, 1, 3, 0.5, 2**31, 10**400, math.nan, math.inf, [], ["x"], {}, {"x": 1}]
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama3_tiny", {"family": "llama9"}, "model.family=llama9: must be one of"),
         ("llama3_tiny", {"n_mtp": 1}, "model.n_mtp=1: must be 0, all that LlamaForCausalLM can hold"),
         ("llama3_tiny", {"d_model": 257}, "model.d_model=257: must be a multiple of n_heads (8)"),
         (

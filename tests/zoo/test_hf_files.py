@@ -1,0 +1,62 @@
+"""Folders of safetensors files: what an index may say, and where a folder may be written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import compose, randomized
+
+from zoo import hf
+from zoo.decoder import Decoder
+
+SMALL = compose("llama3_tiny", d_model=32, n_layers=2, vocab_size=64, blocks__dense__mlp__d_ff=48)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"metadata": {}}, "weight_map=null: must be an object of keys and files"),
+        ({"weight_map": []}, "weight_map=[]: must be an object of keys and files"),
+        ({"weight_map": {"a": 3}}, "a=3: must be a .safetensors file of the same folder"),
+        ({"weight_map": {"a": ["x"]}}, 'a=["x"]: must be a .safetensors file of the same folder'),
+        ({"weight_map": {"a": "../x/model.safetensors"}}, "must be a .safetensors file of the same folder"),
+        ({"weight_map": {"a": "/x/model.safetensors"}}, "must be a .safetensors file of the same folder"),
+        ({"weight_map": {"a": ".."}}, 'a="..": must be a .safetensors file of the same folder'),
+        ({"weight_map": {"a": "config.json"}}, "must be a .safetensors file of the same folder"),
+        ({"weight_map": {"a": "\ud800.safetensors"}}, ".safetensors: "),
+        ({"weight_map": {"a": "b.safetensors"}}, "b.safetensors: no such file"),
+        ({"weight_map": {"a": "model.safetensors"}}, "model.safetensors: lacks a, which"),
+        ([], "must hold a JSON object"),
+    ],
+)
+def test_an_index_that_cannot_be_followed_is_refused(tmp_path, index, message):
+    hf.save(randomized(SMALL, seed=0), tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(hf.HFError) as caught:
+        hf.load(tmp_path / "out")
+    assert message in str(caught.value)
+    assert str(tmp_path / "out") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_config_nested_beyond_reading_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(hf.HFError, match="config.json: cannot be read"):
+        hf.load(tmp_path)
+
+
+def test_a_folder_is_written_where_one_stands_and_behind_a_link(tmp_path, monkeypatch):
+    first, second = (randomized(SMALL, seed=seed) for seed in (1, 2))
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    hf.save(first, ".")
+    assert holds(tmp_path / "out", first)
+    (tmp_path / "link").symlink_to("out")
+    hf.save(second, tmp_path / "link", replace=True)
+    assert holds(tmp_path / "out", second)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+
+def holds(folder: Path, model: Decoder) -> bool:
+    stored = hf.load(folder).state_dict()
+    return all(torch.equal(stored[name], value) for name, value in model.state_dict().items())

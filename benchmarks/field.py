@@ -34,7 +34,7 @@ class Entry:
             module = import_module(self.module)
         except ModuleNotFoundError as error:
             raise SystemExit(f"{self.name}: {error}; {INSTALL}, or leave it out with --only") from error
-        contender: Contender = module.build(shape, self.precision)
+        contender: Contender = module.build(shape, precision=self.precision)
         if contender.n_parameters != shape.n_parameters:
             raise SystemExit(f"{self.name}: {contender.n_parameters} parameters, not {shape.n_parameters}")
         return contender

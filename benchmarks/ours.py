@@ -56,7 +56,7 @@ class Ours:
         balance.update(self.engine.model, self.mesh)
 
 
-def build(shape: Shape, precision: Precision) -> Contender:
+def build(shape: Shape, *, precision: Precision) -> Contender:
     """Ours in fp32, or in bf16 over fp32 weights and moments."""
     assert precision is not Precision.pure, f"{precision=}"
     return Ours(shape, precision)

@@ -13,7 +13,7 @@ from benchmarks.contender import Contender, Peer, Precision, draw
 from benchmarks.shape import Shape
 
 
-def build(shape: Shape, precision: Precision) -> Contender:
+def build(shape: Shape, *, precision: Precision) -> Contender:
     """``GPT`` with the loss that ``litgpt pretrain`` uses (all logits, cross-entropy in chunks of 128 tokens)."""
     config = Config(
         name="benchmark",

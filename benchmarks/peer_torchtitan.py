@@ -58,7 +58,7 @@ class Fp32Experts(GroupedExperts):
         return product(A=h, B_t=self.w2_EDF.transpose(-2, -1))
 
 
-def build(shape: Shape, precision: Precision) -> Contender:
+def build(shape: Shape, *, precision: Precision) -> Contender:
     """The model with sdpa attention (flex has no backward on a CPU) and the chunked loss of its training configs."""
     model = draw(_model(shape, precision).build(), seed=0)
     for buffer in model.buffers():

@@ -17,7 +17,7 @@ ABOUT = {
 }
 
 
-def build(shape: Shape, precision: Precision) -> Contender:
+def build(shape: Shape, *, precision: Precision) -> Contender:
     """The model with sdpa attention and the loss that its ``forward`` gives (fp32 logits of all tokens at once)."""
     model = draw(_moe(shape) if shape.experts else _dense(shape), seed=0)
     if precision is Precision.pure:

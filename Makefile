@@ -6,7 +6,7 @@ READY := .venv/ready
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-dist check constraints clean
+.PHONY: help setup demo test test-dist check bench constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,10 @@ check: $(READY)  ## format, lint and types; pre-commit runs this too
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(READY)  ## a training step beside transformers, litgpt and torchtitan; an hour or two on two cores
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers.txt
+	$(BIN)/python -m benchmarks.step
 
 constraints:  ## take the newest versions that pyproject.toml allows (torch stays) into constraints.txt
 	$(PYTHON) -m venv --clear build/constraints

@@ -14,6 +14,7 @@ from zoo.count import parameters
 from zoo.decoder import Decoder
 from zoo.experts import Experts, grouped_is_faster
 from zoo.init import initial
+from zoo.linear import product_dtype
 
 DTYPES = {Dtype.fp64: torch.float64, Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
@@ -64,7 +65,9 @@ def describe(model: Decoder, *, mesh: Mesh, precision: PrecisionConfig) -> str:
     if counted.mtp:
         parts.append(f"multi-token prediction {counted.mtp / 1e6:,.1f}M")
     parts.append(f"{mesh.sizes.dp_replicate} x {mesh.sizes.dp_shard} ranks on {mesh.device.type}")
-    parts.append(f"{precision.params.value} parameters, {precision.compute.value} products")
+    products = product_dtype(DTYPES[precision.compute], mesh.device.type)
+    by_way = "" if products is DTYPES[precision.compute] else f" by way of {products}".replace("torch.", "")
+    parts.append(f"{precision.params.value} parameters, {precision.compute.value} products{by_way}")
     parts.append("attention: sdpa")
     banks = [module for module in model.modules() if isinstance(module, Experts)]
     if banks:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.linear import widened
+
 
 def cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
     """Summed cross-entropy in nats, with gradients made chunk by chunk while each chunk's logits exist.
@@ -30,15 +32,15 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: int, training: bool) -> Tensor:
         wide = torch.promote_types(h.dtype, torch.float32)
-        matrix = weight.to(h.dtype)
-        buffer = h.new_empty(min(chunk, h.shape[0]), weight.shape[0])
-        wide_buffer = buffer if h.dtype is wide else torch.empty_like(buffer, dtype=wide)
+        matrix = widened(weight, h.dtype)
+        buffer = matrix.new_empty(min(chunk, h.shape[0]), weight.shape[0])
+        wide_buffer = buffer if matrix.dtype is wide else torch.empty_like(buffer, dtype=wide)
         result = torch.zeros((), dtype=wide, device=h.device)
         if training:
-            d_h = torch.empty_like(h)
+            d_h = torch.empty_like(h, dtype=matrix.dtype)
             d_weight = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, wide), device=h.device)
         for start in range(0, h.shape[0], chunk):
-            part, target = h[start : start + chunk], targets[start : start + chunk]
+            part, target = h[start : start + chunk].to(matrix.dtype), targets[start : start + chunk]
             logits, logs = buffer[: len(part)], wide_buffer[: len(part)]
             counted = (target >= 0)[:, None]
             index = target.clamp(min=0)[:, None]
@@ -55,13 +57,14 @@ class _CrossEntropy(torch.autograd.Function):
             _add_product(d_weight, logits.t(), part * counted)
         if training:
             ctx.save_for_backward(d_h, d_weight)
-            ctx.weight_dtype = weight.dtype
+            ctx.dtype, ctx.weight_dtype = h.dtype, weight.dtype
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         d_h, d_weight = ctx.saved_tensors
-        return d_h * grads[0].to(d_h.dtype), (d_weight * grads[0]).to(ctx.weight_dtype), None, None, None
+        d_h = (d_h * grads[0].to(d_h.dtype)).to(ctx.dtype)
+        return d_h, (d_weight * grads[0]).to(ctx.weight_dtype), None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.linear import product_dtype
 from zoo.mlp import swiglu
 
 
@@ -68,30 +69,33 @@ class _Looped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
-        g = rows.new_empty(rows.shape[0], gate.shape[1])
-        u, y = torch.empty_like(g), torch.empty_like(rows)
+        wide = product_dtype(rows.dtype, rows.device.type)
+        g = rows.new_empty(rows.shape[0], gate.shape[1], dtype=wide)
+        u, y = torch.empty_like(g), torch.empty_like(rows, dtype=wide)
         for expert, part in _parts(counts):
-            torch.mm(rows[part], gate[expert].t(), out=g[part])
-            torch.mm(rows[part], up[expert].t(), out=u[part])
-            torch.mm(F.silu(g[part]).mul_(u[part]), down[expert].t(), out=y[part])
+            x = rows[part].to(wide)
+            torch.mm(x, gate[expert].to(wide).t(), out=g[part])
+            torch.mm(x, up[expert].to(wide).t(), out=u[part])
+            torch.mm(F.silu(g[part]).mul_(u[part]), down[expert].to(wide).t(), out=y[part])
         ctx.save_for_backward(rows, gate, up, down, g, u)
         ctx.counts = counts
-        return y
+        return y.to(rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         rows, gate, up, down, g, u = ctx.saved_tensors
-        d_rows, d_gate, d_up, d_down = (torch.empty_like(each) for each in (rows, gate, up, down))
+        wide = g.dtype
+        d_rows, d_gate, d_up, d_down = (torch.empty_like(each, dtype=wide) for each in (rows, gate, up, down))
         for expert, part in _parts(ctx.counts):  # products of no rows write zeros
-            grad, silu = grads[0][part], F.silu(g[part])
+            x, grad, silu = rows[part].to(wide), grads[0][part].to(wide), F.silu(g[part])
             torch.mm(grad.t(), silu * u[part], out=d_down[expert])
-            d_h = torch.mm(grad, down[expert])
+            d_h = torch.mm(grad, down[expert].to(wide))
             d_u = silu.mul_(d_h)
             d_g = torch.ops.aten.silu_backward(d_h.mul_(u[part]), g[part])
-            torch.mm(d_g.t(), rows[part], out=d_gate[expert])
-            torch.mm(d_u.t(), rows[part], out=d_up[expert])
-            torch.mm(d_g, gate[expert], out=d_rows[part]).addmm_(d_u, up[expert])
-        return d_rows, d_gate, d_up, d_down, None
+            torch.mm(d_g.t(), x, out=d_gate[expert])
+            torch.mm(d_u.t(), x, out=d_up[expert])
+            torch.mm(d_g, gate[expert].to(wide), out=d_rows[part]).addmm_(d_u, up[expert].to(wide))
+        return d_rows.to(rows.dtype), d_gate.to(gate.dtype), d_up.to(up.dtype), d_down.to(down.dtype), None
 
 
 def _parts(counts: list[int]) -> Iterator[tuple[int, slice]]:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.linear import product_dtype, widened
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(N, D) states, (V, D) weight, (N,) targets → their summed loss, a scalar."""
 
@@ -21,5 +23,5 @@ class Head(nn.Module):
         """Logits (B, T, V) of states (B, T, D); with ``targets`` (B, T), the summed loss without those logits."""
         weight = embedding if self.weight is None else self.weight
         if targets is None or loss is None:
-            return F.linear(h, weight.to(h.dtype))
+            return F.linear(h.to(product_dtype(h.dtype, h.device.type)), widened(weight, h.dtype)).to(h.dtype)
         return loss(h.flatten(0, 1), weight, targets.flatten())

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.linear import product_dtype
 from zoo.mask import Mask
 
 
@@ -30,10 +31,11 @@ class Kernel(nn.Module):
             width < q.shape[-1]
         ):  # torch's fused kernels want one width: padded zeros cost half of what its fallback does
             v = F.pad(v, (0, q.shape[-1] - width))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        narrow, wide = q.dtype, product_dtype(q.dtype, q.device.type)
+        q, k, v = (each.to(wide).transpose(1, 2) for each in (q, k, v))
         allowed = mask.dense
         grouped = q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=self.scale, enable_gqa=grouped
         )
-        return y.transpose(1, 2)[..., :width]
+        return y.transpose(1, 2)[..., :width].to(narrow)

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from zoo import experts, kernel, linear
+from zoo.experts import Experts
+from zoo.linear import Linear
+from zoo.mask import Mask
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["native", "widened"])
+def machine(request, monkeypatch):
+    """A CPU with bf16 instructions, and one without."""
+
+    def product_dtype(dtype, device):
+        return request.param if dtype is torch.bfloat16 else dtype
+
+    for module in (linear, kernel, experts):
+        monkeypatch.setattr(module, "product_dtype", product_dtype)
+
+
+def close(got, want, error):
+    assert (got.double() - want.double()).norm() <= error * want.double().norm()
+
+
+def test_bf16_products_and_gradients_are_near_exact_ones_on_every_machine(machine):
+    torch.manual_seed(0)
+    layer = Linear(24, 40)
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(3, 5, 24).bfloat16().requires_grad_()
+    pull = torch.randn(3, 5, 40).bfloat16()
+    y = layer(x)
+    assert y.dtype is torch.bfloat16
+    exact_x, exact_w = (each.detach().bfloat16().double().requires_grad_() for each in (x, layer.weight))
+    want = exact_x @ exact_w.t()
+    close(y, want, 5e-3)
+    grads = torch.autograd.grad(y, [x, layer.weight], pull)
+    for got, exact in zip(grads, torch.autograd.grad(want, [exact_x, exact_w], pull.double()), strict=True):
+        close(got, exact, 5e-3)
+    assert grads[1].dtype is torch.float32
+
+
+def test_bf16_experts_and_attention_are_near_exact_ones_on_every_machine(machine):
+    torch.manual_seed(0)
+    bank = Experts(n_experts=3, d_model=16, d_expert=24)
+    for parameter in bank.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    rows, counts = torch.randn(10, 16).bfloat16().requires_grad_(), torch.tensor([4, 0, 6])
+    y = bank(rows, counts)
+    exact = Experts(n_experts=3, d_model=16, d_expert=24).double()
+    exact.load_state_dict({name: value.bfloat16().double() for name, value in bank.state_dict().items()})
+    exact_rows = rows.detach().double().requires_grad_()
+    want = exact(exact_rows, counts)
+    close(y, want, 2e-2)
+    pull = torch.randn(10, 16)
+    mine = torch.autograd.grad(y, [rows, bank.gate, bank.down], pull.bfloat16())
+    theirs = torch.autograd.grad(want, [exact_rows, exact.gate, exact.down], pull.double())
+    for got, exactly in zip(mine, theirs, strict=True):
+        close(got, exactly, 3e-2)
+
+    q, k, v = (torch.randn(2, 7, 4, 8).bfloat16() for _ in range(3))
+    attend = kernel.Kernel(scale=0.3)
+    close(attend(q, k, v, Mask(None)), attend(q.double(), k.double(), v.double(), Mask(None)), 2e-2)

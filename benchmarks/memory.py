@@ -8,6 +8,7 @@ import argparse
 import gc
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ from benchmarks.shape import SHAPES
 STEPS = 2  # the first makes the optimizer's state, the second runs beside it
 
 
-def peak(name: str, *, dtype: str, variant: str) -> float:
+def peak(name: str, *, dtype: str, variant: str, rows: int) -> float:
     """GB (10^9 bytes) above what the process held once everything was imported and before the model was made."""
-    command = [sys.executable, "-m", "benchmarks.memory", name, dtype, variant]
+    command = [sys.executable, "-m", "benchmarks.memory", name, dtype, variant, str(rows)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
@@ -30,8 +31,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for key in ("name", "dtype", "variant"):
         parser.add_argument(key)
+    parser.add_argument("rows", type=int)
     arguments = parser.parse_args()
-    shape, entry = SHAPES[arguments.variant], named(arguments.dtype, arguments.name)
+    shape = replace(SHAPES[arguments.variant], rows=arguments.rows)
+    entry = named(arguments.dtype, arguments.name)
     __import__(MODULES[arguments.name.split(":")[0]])
     tokens = torch.randint(0, shape.vocab_size, (2, shape.rows, shape.seq_len))
     gc.collect()

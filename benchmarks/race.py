@@ -4,7 +4,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from benchmarks.contender import Contender
 from benchmarks.field import Entry
 from benchmarks.limit import Limit
 from benchmarks.memory import peak
-from benchmarks.shape import SHAPES
+from benchmarks.shape import SHAPES, Shape
 
 PROFILES = 3  # of each, in turns; the shortest is shown, since the profiler sees whatever disturbs it
 
@@ -29,6 +29,7 @@ class Heat:
         entries: who takes part.
         warmup: rounds that do not count.
         steps: rounds that do.
+        rows: of 512 tokens, in one step.
     """
 
     dtype: str
@@ -36,6 +37,12 @@ class Heat:
     entries: Sequence[Entry]
     warmup: int
     steps: int
+    rows: int
+
+    @property
+    def shape(self) -> Shape:
+        """What is trained."""
+        return replace(SHAPES[self.variant], rows=self.rows)
 
 
 @dataclass
@@ -79,7 +86,7 @@ class Result:
 
     def speed(self, name: str) -> Spread:
         """Tokens a second."""
-        tokens = SHAPES[self.heat.variant].n_tokens
+        tokens = self.heat.shape.n_tokens
         return Spread.of([tokens / own for own in self.lanes[name].seconds])
 
     def against(self, name: str, other: str) -> Spread:
@@ -97,11 +104,11 @@ def run(heat: Heat, *, profile: bool, memory: bool, say: Callable[[str], None]) 
         memory: whether to measure memory.
         say: is told what is going on.
     """
-    shape = SHAPES[heat.variant]
+    shape = heat.shape
     lanes = {entry.name: Lane(about="") for entry in heat.entries}
     if memory:
         for name, lane in lanes.items():
-            lane.memory = peak(name, dtype=heat.dtype, variant=heat.variant)
+            lane.memory = peak(name, dtype=heat.dtype, variant=heat.variant, rows=heat.shape.rows)
             say(f"{heat.variant} {heat.dtype} {name}: peak {lane.memory:.2f} GB")
     limit = Limit(shape, dtype=torch.float32 if heat.dtype == "fp32" else torch.bfloat16)
     contenders = {entry.name: entry.build(shape) for entry in heat.entries}
@@ -131,7 +138,7 @@ def _round(
     heat: Heat,
 ) -> str:
     """The bare products, then one step of each on the same tokens."""
-    shape = SHAPES[heat.variant]
+    shape = heat.shape
     generator = torch.Generator().manual_seed(seed)
     tokens, targets = torch.randint(0, shape.vocab_size, (2, shape.rows, shape.seq_len), generator=generator)
     gc.collect()

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 from benchmarks.race import Result, Spread
-from benchmarks.shape import SHAPES
 
 READING = """\
 One process holds all implementations and takes their steps in turns (limit, first, second, … limit, first, …), so that
 what disturbs the machine disturbs all alike; shares and ratios are taken within a round. Shown are the median and, in
-brackets, the 10th and 90th percentile. A step is forward, loss, backward, clipping to norm 1 and fused AdamW, eager, at
-8 rows of 512 random tokens, one document a row, the same tokens for all.
+brackets, the 10th and 90th percentile. A step is forward, loss, backward, clipping to norm 1 and fused AdamW, eager, on
+rows of 512 random tokens, one document a row, the same tokens for all.
 
 The limit is the time of every product of a linear map of the step, forward and both backward ones, as bare `torch.mm`
 of the same shapes and dtype into memory that exists, operands in cache; for experts as if the tokens spread evenly.
@@ -42,7 +41,7 @@ def section(result: Result) -> str:
         "",
         f"## {heat.variant}, {heat.dtype}",
         "",
-        f"{SHAPES[heat.variant].n_parameters / 1e6:.1f} M parameters; {heat.steps} rounds after {heat.warmup} of "
+        f"{heat.shape.n_parameters / 1e6:.1f} M parameters; {heat.rows} rows of 512 tokens; {heat.steps} rounds after {heat.warmup} of "
         f"warm-up. Limit: {_spread(Spread.of(result.limit), 3)} s a step, {_spread(rate, 0)} GFLOP/s.",
         "",
         *speeds(result),

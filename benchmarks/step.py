@@ -32,7 +32,7 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     heats = [
-        Heat(dtype, variant, chosen(dtype, options.only), warmup=options.warmup, steps=options.steps)
+        Heat(dtype, variant, chosen(dtype, options.only), warmup=options.warmup, steps=options.steps, rows=options.rows)
         for dtype in options.dtype
         for variant in options.variant
     ]
@@ -63,6 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", type=_listed(known), default=[], help=f"who takes part, of {', '.join(known)}")
     parser.add_argument("--steps", type=int, default=12, help="rounds that count (12)")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them (2)")
+    parser.add_argument("--rows", type=int, default=8, help="rows of 512 tokens in one step (8)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (all cores)")
     parser.add_argument("--skip", type=_listed(("memory", "profile")), default=[], help="memory, profile")
     parser.add_argument("--quiet", action="store_true", help="no line for each round on stderr")

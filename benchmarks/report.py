@@ -41,8 +41,8 @@ def section(result: Result) -> str:
         "",
         f"## {heat.variant}, {heat.dtype}",
         "",
-        f"{heat.shape.n_parameters / 1e6:.1f} M parameters; {heat.rows} rows of 512 tokens; {heat.steps} rounds after {heat.warmup} of "
-        f"warm-up. Limit: {_spread(Spread.of(result.limit), 3)} s a step, {_spread(rate, 0)} GFLOP/s.",
+        f"{heat.shape.n_parameters / 1e6:.1f} M parameters; {heat.rows} rows of 512 tokens; {heat.steps} rounds after "
+        f"{heat.warmup} of warm-up. Limit: {_spread(Spread.of(result.limit), 3)} s a step, {_spread(rate, 0)} GFLOP/s.",
         "",
         *speeds(result),
         "",

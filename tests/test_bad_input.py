@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,9 @@ def test_a_damaged_line_of_metrics_is_named(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_a_run_whose_folder_is_taken_meanwhile(capsys, monkeypatch, tmp_path, number, code):
     command = [sys.executable, "train.py", *SMALL, "train.steps=1000000", f"run_dir={tmp_path}/run"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    # A shell's background job ignores SIGINT and hands that on; a run at a terminal does not.
+    hear = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as process:
         wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
         line = refused(capsys, monkeypatch, f"run_dir={tmp_path}/run")
         assert f"run_dir={tmp_path}/run: another run is going on there" in line

@@ -18,7 +18,9 @@ Peak memory is what resident memory grew by, at its peak in two steps, in a proc
 
 bf16: ours, and the peers named without `:pure`, keep weights, gradients and moments in fp32 (the peers by
 `torch.autocast`, as their own trainers do on one device). Peers named `:pure` keep everything in bf16: cheaper, and
-another training; they are there so that nobody is shown slower than it can be."""
+another training; they are there so that nobody is shown slower than it can be. On an x86 CPU without bf16 instructions
+ours multiplies bf16 numbers in fp32 (`zoo/linear.py:product_dtype`) and the peers and the limit do not: its share of
+the limit is then above one, and the figures say nothing of a machine that has such instructions."""
 
 
 def report(results: Sequence[Result], *, command: str, machine: str, commit: str, versions: str) -> str:

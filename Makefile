@@ -6,7 +6,7 @@ READY := .venv/ready
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-dist check bench constraints clean
+.PHONY: help setup demo test test-dist check bench docs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ check: $(READY)  ## format, lint and types; pre-commit runs this too
 bench: $(READY)  ## a training step beside transformers, litgpt and torchtitan; an hour or two on two cores
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers.txt
 	$(BIN)/python -m benchmarks.step
+
+docs: $(READY)  ## write the first part of docs/zoo.md anew, from conf/model/
+	$(BIN)/python -m zoo --markdown docs/zoo.md
 
 constraints:  ## take the newest versions that pyproject.toml allows (torch stays) into constraints.txt
 	$(PYTHON) -m venv --clear build/constraints

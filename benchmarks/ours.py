@@ -13,16 +13,9 @@ from parallel.mesh import open_mesh
 from trainer import balance
 from trainer.config import OptimConfig, OptimKind, TrainConfig
 from trainer.engine import TorchEngine, count
-from zoo.config import (
-    AttentionConfig,
-    BlockConfig,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
-    NormConfig,
-    RopeConfig,
-    RouterConfig,
-)
+from zoo.config import BlockConfig, InitConfig, ModelConfig
+from zoo.config_ff import MLPConfig, MoEConfig, RouterConfig, Score
+from zoo.config_mixer import AttentionConfig, NormConfig, RopeConfig
 
 LOSS_CHUNK = 1024  # conf/train/default.yaml
 
@@ -77,7 +70,7 @@ def model_config(shape: Shape) -> ModelConfig:
         blocks={"layer": BlockConfig(attention=attention, mlp=mlp, moe=_moe(shape))},
         cycle=["layer"],
         norm=NormConfig(eps=shape.eps),
-        init_std=0.02,
+        init=InitConfig(std=0.02),
     )
 
 
@@ -85,7 +78,7 @@ def _moe(shape: Shape) -> MoEConfig | None:
     if shape.experts is None:
         return None
     e = shape.experts
-    router = RouterConfig(scale=1.0, n_groups=1, top_groups=1, balance_rate=0.001, balance_loss=0.0)
+    router = RouterConfig(score=Score.sigmoid, normalize=True, scale=1.0, balance_rate=0.001)
     return MoEConfig(n_experts=e.n_experts, top_k=e.top_k, d_expert=e.d_expert, d_shared=0, router=router)
 
 

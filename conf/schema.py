@@ -10,6 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -69,11 +70,15 @@ def resolve(cfg: DictConfig) -> RunConfig:
 def check_words(words: Sequence[str]) -> None:
     """Whether words of a command line choose a file for every group that they name: Hydra fails on ``model=null``.
 
+    A model of which there is only a card has no file.
+
     Raises:
         ConfigError: one does not.
     """
     for word in words:
         key, _, value = word.lstrip("+").partition("=")
+        if key == "model" and value in OmegaConf.load(FOLDER / "cards.yaml").unpublished:
+            raise ConfigError(f"{word}: its dimensions are unpublished; python -m zoo {value} says what is known")
         if value in ("null", "") and (FOLDER / key).is_dir():
             names = ", ".join(sorted(path.stem for path in (FOLDER / key).glob("*.yaml")))
             raise ConfigError(f"{word}: must be one of {names}")
@@ -126,6 +131,11 @@ def check(run: RunConfig, *, world_size: int) -> Sizes:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return sizes
+
+
+def chosen(group: str) -> str:
+    """Name of the file that the command line has chosen for a group; empty in a program that composes by itself."""
+    return str(HydraConfig.get().runtime.choices[group]) if HydraConfig.initialized() else ""
 
 
 def rows(run: RunConfig) -> dict[str, int]:

@@ -6,28 +6,33 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from parallel.config import Dtype, PrecisionConfig
+from parallel.config import Dtype, KernelChoice, PrecisionConfig
 from parallel.fsdp import shard
+from parallel.kernels import choose_kernels, told
 from parallel.mesh import Mesh
+from zoo.catalogue import stand_in_note
 from zoo.config import ModelConfig
 from zoo.count import parameters
 from zoo.decoder import Decoder
-from zoo.experts import Experts, grouped_is_faster
 from zoo.init import initial
 from zoo.linear import product_dtype
 
 DTYPES = {Dtype.fp64: torch.float64, Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
 
-def build(config: ModelConfig, *, mesh: Mesh, precision: PrecisionConfig) -> Decoder:
-    """A spread model without values: made on the meta device, so that no rank ever holds all of it."""
+def build(
+    config: ModelConfig, *, mesh: Mesh, precision: PrecisionConfig, kernel: KernelChoice = KernelChoice.auto
+) -> Decoder:
+    """A spread model without values: made on the meta device, so that no rank ever holds all of it.
+
+    Raises:
+        MeshError: the kernel of attention that is wanted cannot do what a layer needs.
+    """
     params, compute = DTYPES[precision.params], DTYPES[precision.compute]
     with torch.device("meta"):
         model = Decoder(config).to(params)
     model.compute_dtype = compute
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.grouped = grouped_is_faster(mesh.device, compute, widths=module.gate.shape[1:])
+    choose_kernels(model, kernel, device=mesh.device, dtype=compute)
     if mesh.grid is not None:
         shard(model, mesh, compute=compute, params=params)
     model.to_empty(device=mesh.device)
@@ -56,20 +61,24 @@ def fill_fresh(model: Decoder, *, seed: int) -> None:
     fill(dict(model.named_parameters()), lambda name, shape: initial(name, shape, config=model.config, seed=seed))
 
 
-def describe(model: Decoder, *, mesh: Mesh, precision: PrecisionConfig) -> str:
-    """What was built and chosen, in one line for the start of a run."""
+def describe(model: Decoder, *, mesh: Mesh, precision: PrecisionConfig, choice: str) -> str:
+    """What was built and chosen, in one line for the start of a run.
+
+    Args:
+        model: what ``build`` made.
+        mesh: its processes.
+        precision: its dtypes.
+        choice: the file that was chosen for it, which may stand in for another model.
+    """
     counted = parameters(model.config)
-    parts = [f"{model.config.family} {counted.total / 1e6:,.1f}M parameters"]
+    parts = [note] if (note := stand_in_note(choice)) else []
+    parts.append(f"{model.config.family} {counted.total / 1e6:,.1f}M parameters")
     if counted.active != counted.total:
-        parts[0] += f" ({counted.active / 1e6:,.1f}M active)"
+        parts[-1] += f" ({counted.active / 1e6:,.1f}M active)"
     if counted.mtp:
         parts.append(f"multi-token prediction {counted.mtp / 1e6:,.1f}M")
     parts.append(f"{mesh.sizes.dp_replicate} x {mesh.sizes.dp_shard} ranks on {mesh.device.type}")
     products = product_dtype(DTYPES[precision.compute], mesh.device.type)
     by_way = "" if products is DTYPES[precision.compute] else f" by way of {products}".replace("torch.", "")
     parts.append(f"{precision.params.value} parameters, {precision.compute.value} products{by_way}")
-    parts.append("attention: sdpa")
-    banks = [module for module in model.modules() if isinstance(module, Experts)]
-    if banks:
-        parts.append(f"experts: {'grouped products' if banks[0].grouped else 'one after another'}")
-    return "; ".join(parts)
+    return "; ".join([*parts, *told(model)])

@@ -6,12 +6,23 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 
+class KernelChoice(StrEnum):
+    """Which kernel attends (zoo/kernel_choice.py says what each can do)."""
+
+    auto = "auto"  # the best one, layer by layer
+    plain = "plain"
+    sdpa = "sdpa"
+    flex = "flex"
+    varlen = "varlen"
+
+
 @dataclass
 class ParallelConfig:
-    """Sizes of the axes of the grid of ranks."""
+    """Sizes of the axes of the grid of ranks, and what computes on each."""
 
     dp_replicate: int = MISSING  # copies of the model, each sharded over dp_shard ranks
     dp_shard: int | None = MISSING  # ranks that share one copy (FSDP); null: all that are left
+    kernel: KernelChoice = MISSING  # of attention
 
 
 class Dtype(StrEnum):

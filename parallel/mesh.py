@@ -11,7 +11,7 @@ from parallel.config import Sizes
 
 
 class MeshError(ValueError):
-    """A grid that this host cannot hold, in one line."""
+    """A plan that this host cannot carry out, in one line."""
 
 
 @dataclass

@@ -16,6 +16,8 @@ from zoo.decoder import Decoder
 def update(model: Decoder, mesh: Mesh) -> Tensor | None:
     """Move every router's bias by the load of the whole global batch, and start counting anew (one all-reduce over dp).
 
+    Routers without such a bias are counted only.
+
     Example: loads 4 1 1 have mean 2 and increments −u u u, less their mean u/3: −4u/3 2u/3 2u/3.
 
     Returns:
@@ -26,8 +28,10 @@ def update(model: Decoder, mesh: Mesh) -> Tensor | None:
         return None
     loads = reduce.total(torch.stack([router.load for router in routers]), mesh)
     for router, load in zip(routers, loads, strict=True):
-        increment = torch.sign(load.mean() - load) * router.config.balance_rate
-        router.balance_bias += increment - increment.mean()
+        bias, rate = router.balance_bias, router.config.balance_rate
+        if bias is not None and rate is not None:
+            increment = torch.sign(load.mean() - load) * rate
+            bias += increment - increment.mean()
         router.load.zero_()
         router.balance_value.zero_()
     return loads

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ class Checkpoints:
         self.ranks = Ranks(rank, world_size)
         self.about = json.loads(json.dumps(about))
 
-    def save(self, step: int, state: dict[str, Any], *, progress: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, state: dict[str, Any], *, progress: dict[str, Any], late: Mapping[str, Tensor] | None = None
+    ) -> Path:
         """Store the state after ``step`` updates, then delete what ``keep`` no longer wants (collective, all ranks).
 
         Args:
@@ -52,6 +55,8 @@ class Checkpoints:
             state: nested dicts and lists of tensors, DTensors and JSON values. A plain tensor or a value has to be
                 the same on all ranks that hold it.
             progress: what else the run needs to go on, as JSON; rank 0's is stored.
+            late: values of tensors of ``state`` that lie on the meta device, by dotted name; each is asked for when
+                its turn comes, so that not all have to be in memory.
 
         Returns:
             The ``step-…`` folder.
@@ -66,7 +71,8 @@ class Checkpoints:
         doing = f"write checkpoint {target}"
         try:
             self.ranks.first(lambda: self._prepare(partial), doing=doing)
-            self.ranks.each(lambda: stored.save(partial, tensors, alone=self.ranks.world_size == 1), doing=doing)
+            alone = self.ranks.world_size == 1
+            self.ranks.each(lambda: stored.save(partial, tensors, alone=alone, late=late), doing=doing)
             parts = self.ranks.gather(lambda: (self._fingerprint(partial), values), doing=doing)
             facts = Manifest(
                 step=step,

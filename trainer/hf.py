@@ -3,8 +3,10 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig
@@ -40,11 +42,32 @@ def import_checkpoint(folder: Path, checkpoint: Path) -> None:
     if match is None:
         raise CheckpointError(f"{checkpoint}: the name must be step- and eight digits, such as step-00000000")
     config = hf.read_config(folder)
-    state = {"model": dict(hf.tensors(folder, config=config))}
+    tensors = hf.tensors(folder, config=config)
+    state = {"model": {name: tensors.empty(name) for name in tensors}}
     settings = CheckpointConfig(every=0, keep=0, resume="never", init=None)
     about = identity(config, tokenizer="")
     writer = Checkpoints(checkpoint.parent, config=settings, rank=0, world_size=1, about=about)
-    writer.save(int(match[1]), state, progress={"model": plain(config)})
+    writer.save(int(match[1]), state, progress={"model": plain(config)}, late=_Under("model", tensors))
+
+
+class _Under(Mapping[str, Tensor]):
+    """Tensors by names below another."""
+
+    def __init__(self, top: str, tensors: Mapping[str, Tensor]) -> None:
+        self._top = f"{top}."
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name.removeprefix(self._top)]
+
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return isinstance(name, str) and name.removeprefix(self._top) in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._top + name for name in self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

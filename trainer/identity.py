@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from trainer.manifest import CheckpointError
 from zoo.config import ModelConfig, expanded
 
-STEERING = {"init_std", "balance_rate", "balance_loss"}  # may change from one start to the next
+STEERING = {"init", "balance_loss"}  # may change from one start to the next, and balance_rate unless it is null
 
 
 def identity(config: ModelConfig, *, tokenizer: str) -> dict[str, Any]:
@@ -19,7 +19,11 @@ def identity(config: ModelConfig, *, tokenizer: str) -> dict[str, Any]:
         config: of the model.
         tokenizer: a fingerprint of the tokens' meaning.
     """
-    return {"model": without(expanded(config), STEERING), "tokenizer": tokenizer}
+    model = without(expanded(config), STEERING)
+    for layer in model["layers"]:
+        if layer["moe"] is not None:  # null: there is no balancing bias in the checkpoint
+            layer["moe"]["router"]["balance_rate"] = layer["moe"]["router"]["balance_rate"] is not None
+    return {"model": model, "tokenizer": tokenizer}
 
 
 def plain(config: ModelConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from zoo.linear import widened
 
 
-def cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
+def cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: int, softcap: float | None = None) -> Tensor:
     """Summed cross-entropy in nats, with gradients made chunk by chunk while each chunk's logits exist.
 
     Args:
@@ -16,11 +16,12 @@ def cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> 
         weight: (V, D), of the head.
         targets: (N,), negative where nothing is to be predicted.
         chunk: how many tokens have logits at one time.
+        softcap: logits become softcap · tanh(logits / softcap) first.
 
     Returns:
         A scalar in at least fp32.
     """
-    return _CrossEntropy.apply(h, weight, targets, chunk, torch.is_grad_enabled())
+    return _CrossEntropy.apply(h, weight, targets, chunk, softcap, torch.is_grad_enabled())
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -30,7 +31,9 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: int, training: bool) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: int, softcap: float | None, training: bool
+    ) -> Tensor:
         wide = torch.promote_types(h.dtype, torch.float32)
         matrix = widened(weight, h.dtype)
         buffer = matrix.new_empty(min(chunk, h.shape[0]), weight.shape[0])
@@ -46,12 +49,13 @@ class _CrossEntropy(torch.autograd.Function):
             index = target.clamp(min=0)[:, None]
             torch.mm(part, matrix.t(), out=logits)
             logs.copy_(logits)
+            slope = None if softcap is None else _cap(logs, softcap)
             torch.log_softmax(logs, dim=-1, out=logs)
             result -= logs.gather(1, index).where(counted, 0.0).sum()
             if not training:
                 continue
             logs.exp_().scatter_add_(1, index, logs.new_full(index.shape, -1.0))  # softmax, less one at the target
-            logits.copy_(logs)
+            logits.copy_(logs if slope is None else logs.mul_(slope))
             # Tokens that do not count are left out of the narrow factors, which is cheaper than out of the wide one.
             torch.mm(logits, matrix, out=d_h[start : start + chunk]).mul_(counted)
             _add_product(d_weight, logits.t(), part * counted)
@@ -61,10 +65,18 @@ class _CrossEntropy(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         d_h, d_weight = ctx.saved_tensors
         d_h = (d_h * grads[0].to(d_h.dtype)).to(ctx.dtype)
-        return d_h, (d_weight * grads[0]).to(ctx.weight_dtype), None, None, None
+        return d_h, (d_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None
+
+
+def _cap(logits: Tensor, cap: float) -> Tensor:
+    """Cap logits in place; the slope of the cap, 1 − tanh²."""
+    logits.div_(cap).tanh_()
+    slope = logits.square().neg_().add_(1)
+    logits.mul_(cap)
+    return slope
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -17,7 +17,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -103,17 +104,25 @@ def read_contents(folder: Path) -> Metadata:
     return contents
 
 
-def save(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
+def save(folder: Path, tensors: dict[str, Tensor], *, alone: bool, late: Mapping[str, Tensor] | None = None) -> None:
     """Write tensors with DCP, fsynced; collective over all ranks unless ``alone``, and all ranks agree on a failure.
 
     A plain tensor that several ranks hold is written by one of them, so it must be the same on all.
+
+    Args:
+        folder: where to.
+        tensors: by name.
+        alone: whether this process is the only one.
+        late: gives the values of tensors that lie on the meta device, one when its turn comes. Each tensor gets a file
+            of its own then: DCP keeps what it has written until the file is closed.
 
     Raises:
         OSError: a rank could not write.
     """
     try:
         with _quiet():
-            dcp.save(dict(tensors), storage_writer=_Writer(folder), no_dist=alone)
+            writer = _Writer(folder, single_file_per_rank=late is None)
+            dcp.save(dict(tensors), storage_writer=writer, planner=_Planner(late or {}), no_dist=alone)
     except CheckpointException as error:
         raise _first_failure(error) from error
 
@@ -129,6 +138,17 @@ def load(folder: Path, tensors: dict[str, Tensor], *, contents: Metadata, alone:
             dcp.load(dict(tensors), storage_reader=_Reader(folder, contents), no_dist=alone)
     except CheckpointException as error:
         raise _first_failure(error) from error
+
+
+class _Planner(DefaultSavePlanner):
+    """DCP's planner, which asks for a tensor when it is about to be written."""
+
+    def __init__(self, late: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._late = late
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._late[index.fqn] if index.fqn in self._late else super().lookup_object(index)
 
 
 class _Writer(FileSystemWriter):

@@ -11,10 +11,9 @@ from zoo.block import Block
 from zoo.config import ModelConfig
 from zoo.context import Context
 from zoo.head import Head, Loss
-from zoo.mask import Mask
 from zoo.moe import MoE
 from zoo.mtp import MTP
-from zoo.norm import RMSNorm
+from zoo.norm import norm
 from zoo.router import Router, Tally
 
 
@@ -45,9 +44,11 @@ class Decoder(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # of activations; None: that of the embedding
         self.embed = Embedding(vocab_size=config.vocab_size, d_model=config.d_model)
+        learned = config.learned_positions
+        self.positions = Embedding(vocab_size=config.context, d_model=config.d_model) if learned else None
         self.blocks = nn.ModuleDict({str(i): Block(layer, model=config) for i, layer in enumerate(config.layers)})
-        self.norm = RMSNorm(config.d_model, config.norm)
-        self.head = Head(d_model=config.d_model, vocab_size=config.vocab_size, tied=config.tied)
+        self.norm = norm(config.d_model, config.norm)
+        self.head = Head(config)
         self.mtp = nn.ModuleList(MTP(config) for _ in range(config.n_mtp))
 
     def forward(
@@ -62,15 +63,20 @@ class Decoder(nn.Module):
 
         Args:
             tokens: (B, T) int64.
-            positions: (B, T), counted from the start of each document; None: from the start of the row.
+            positions: (B, T), counted from the start of each document, which None does.
             documents: (B, T), a number that differs between the documents of a row; None: one document.
             objective: what to predict; None: give logits.
 
         Returns:
             Logits (B, T, V); with an objective, (1 + depths,) summed losses: main, then each depth.
         """
+        if positions is None:
+            positions = positions_within(tokens if documents is None else documents, split=documents is not None)
         x = self._embed(tokens)
-        context = self._context(tokens, positions, documents, x.dtype, None if objective is None else objective.rows)
+        if self.positions is not None:
+            x = x + self.positions(positions).to(x.dtype)
+        rows = None if objective is None else objective.rows
+        context = Context(positions, documents, x.dtype, self.config.context, rows)
         for block in self.layers():
             x, tally = block(x, context)
             self._count(block.moe, tally)
@@ -99,27 +105,32 @@ class Decoder(nn.Module):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
-        return x if self.compute_dtype is None else x.to(self.compute_dtype)
-
-    def _context(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None,
-        documents: Tensor | None,
-        dtype: torch.dtype,
-        rows: Tensor | None,
-    ) -> Context:
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return Context(positions, Mask(documents), dtype, self.config.context, rows)
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
+        if self.config.scale_embed:
+            x = x * torch.tensor(self.config.d_model**0.5, dtype=x.dtype)  # rounded: 33.94 is 34 in bf16 (Gemma 3 1B)
+        return x
 
     def _count(self, moe: MoE | None, tally: Tally | None) -> None:
         if self.training and moe is not None and tally is not None:
             moe.router.tally(tally)
 
 
+def positions_within(documents: Tensor, *, split: bool) -> Tensor:
+    """Positions (B, T) counted from the start of each document, or of the row unless ``split``.
+
+    Example: documents 7 7 7 4 4 give 0 1 2 0 1.
+    """
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    if not split:
+        return places
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return places - places.where(begins, 0).cummax(dim=1).values
+
+
 class Embedding(nn.Module):
-    """A vector for each token of the vocabulary."""
+    """A vector for each token of the vocabulary, or for each position."""
 
     def __init__(self, *, vocab_size: int, d_model: int) -> None:
         super().__init__()

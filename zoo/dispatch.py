@@ -29,12 +29,15 @@ class Dispatcher(nn.Module):
     0 1 1 2: slots are 1 0 2 3, rows are tokens 0 0 1 1 and counts 1 2 1.
     """
 
-    def dispatch(self, x: Tensor, chosen: Tensor, *, n_experts: int) -> Sent:
-        """Copy each of (N, D) tokens once for each of its (N, S) chosen experts."""
+    def dispatch(self, x: Tensor, chosen: Tensor, *, n_experts: int, weights: Tensor | None = None) -> Sent:
+        """Copy each of (N, D) tokens once for each of its (N, S) chosen experts, each copy times its weight (N, S)."""
         flat = chosen.flatten()
         slots = flat.argsort(stable=True)
         counts = torch.zeros(n_experts, dtype=torch.int64, device=x.device).scatter_add_(0, flat, torch.ones_like(flat))
-        return Sent(x.index_select(0, slots // chosen.shape[1]), counts, slots)
+        rows = x.index_select(0, slots // chosen.shape[1])
+        if weights is not None:
+            rows = rows * weights.flatten()[slots].to(x.dtype)[:, None]
+        return Sent(rows, counts, slots)
 
     def combine(self, y: Tensor, sent: Sent, weights: Tensor) -> Tensor:
         """Sum each token's (N·S, D) results, weighted by (N, S), to (N, D)."""

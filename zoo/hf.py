@@ -1,10 +1,11 @@
 """Models to and from Hugging Face folders, as transformers reads and writes them; transformers itself is not needed.
 
-What a folder holds is streamed: beside the model, writing needs the memory of two shards and one tensor, reading that
-of one tensor. Names and layouts are in ``hf_names.py``, ``config.json`` in ``hf_config.py``, files in ``hf_files.py``.
+What a folder holds is streamed: beside the model, reading and writing need the memory of one stored tensor and one of
+ours. What is a family's own is one row of a table: ``hf_dense.py``, ``hf_sparse.py``.
 """
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,16 +16,14 @@ from torch import Tensor
 
 from zoo.config import ModelConfig
 from zoo.decoder import Decoder
-from zoo.hf_config import parse, render
+from zoo.hf_config import check_mtp, parse, render
+from zoo.hf_families import BY_NAME
 from zoo.hf_fields import HFError, read_json
 from zoo.hf_files import CONFIG, INDEX, Shards, Stored, carry, dtype_name, whole_folder, write_json
-from zoo.hf_names import IGNORED, Place, copies, mtp_prefix, places
+from zoo.hf_images import blank
+from zoo.hf_places import Spelling, copies, mtp_passed_over, mtp_prefix, places
 
 SHARD_BYTES = 5_000_000_000
-
-MTP_LAYER_OF_TRANSFORMERS = 61
-"""transformers 5.23 passes over, and finds multi-token modules in, this layer only (DeepSeek-V3's own). Modules of a
-model of any other depth go into files that no index lists, or it would warn of unexpected keys."""
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Decoder:
@@ -63,7 +62,10 @@ def save(
     eos: int | None = None,
     replace: bool = False,
 ) -> None:
-    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads; see ``write`` for arguments and errors."""
+    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads; see ``write`` for arguments and errors.
+
+    Chameleon's is loaded by ``AutoModelForImageTextToText``, Grok's, which has no class there, by ``load`` alone.
+    """
     state = model.state_dict()
     write(model.config, state.__getitem__, folder=folder, tokenizer=tokenizer, bos=bos, eos=eos, replace=replace)
 
@@ -78,24 +80,27 @@ def read_config(folder: str | Path) -> ModelConfig:
         HFError: it is missing, unreadable or asks for what the zoo does not build.
     """
     folder = Path(folder)
-    config = parse(read_json(folder / CONFIG), source=str(folder / CONFIG))
+    raw = read_json(folder / CONFIG)
+    config = parse(raw, source=str(folder / CONFIG))
     if config.n_mtp:
         keys = Stored(folder).keys()
-        prefixes = tuple(mtp_prefix(config, depth) + "." for depth in range(config.n_mtp))
+        prefixes = tuple(mtp_prefix(config, depth) for depth in range(config.n_mtp))
         if not any(key.startswith(prefixes) for key in keys):
-            declared = f"{folder / CONFIG} declares {config.n_mtp} multi-token modules and no file holds any"
-            warnings.warn(f"{declared}: read without", stacklevel=2)
+            if raw.keys() & {"num_nextn_predict_layers", "num_mtp_layers"}:
+                declared = f"{folder / CONFIG} declares {config.n_mtp} multi-token modules and no file holds any"
+                warnings.warn(f"{declared}: read without", stacklevel=2)
             config = dataclasses.replace(config, n_mtp=0)
+    check_mtp(config)
     return config
 
 
-def tensors(folder: str | Path, *, config: ModelConfig) -> Mapping[str, Tensor]:
+def tensors(folder: str | Path, *, config: ModelConfig) -> "Tensors":
     """The tensors of a folder by our names, each read when it is asked for.
 
     Raises:
         HFError: a tensor is missing, superfluous, of another shape or dtype, or differs from what it should repeat.
     """
-    return _Tensors(Path(folder), config)
+    return Tensors(Path(folder), config)
 
 
 def write(
@@ -125,20 +130,22 @@ def write(
         HFError: the family's transformers class cannot hold the model, the folder is occupied, or the disk is full.
     """
     fields = render(config)
-    embed = get("embed.weight")
-    fields |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None, "dtype": dtype_name(embed.dtype)}
+    dtype = get("embed.weight").dtype
+    fields |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None, "dtype": dtype_name(dtype)}
     with whole_folder(Path(folder), replace=replace) as fresh:
         main = Shards(fresh, "model", limit=shard_bytes)
-        aside = config.n_layers != MTP_LAYER_OF_TRANSFORMERS
+        aside = not mtp_passed_over(config)
         mtp = Shards(fresh, "mtp", limit=shard_bytes) if aside else main
-        for name, place in places(config).items():
-            shards = mtp if name.startswith("mtp.") else main
-            tensor = get(name)
-            for key, part in zip(place.keys, tensor if place.stacked else [tensor], strict=True):
-                shards.add(key, part)
+        done: set[str] = set()
+        for name, spellings in places(config).items():
+            if name not in done:
+                _add(mtp if name.startswith("mtp.") else main, spellings[0], get)
+                done |= spellings[0][0].parts.keys()
         for key, name in copies(config).items():
             if key != "lm_head.weight":  # of a tied model: transformers ties by itself
                 mtp.add(key, get(name))
+        for key, tensor in (blank(dtype) if "vq_config" in fields else {}).items():
+            main.add(key, tensor)
         listed = main.finish()
         if aside:
             mtp.finish()
@@ -148,29 +155,47 @@ def write(
         write_json(fresh / CONFIG, fields)
 
 
-class _Tensors(Mapping[str, Tensor]):
+def _add(shards: Shards, spelling: Spelling, get: Callable[[str], Tensor]) -> None:
+    """Write what holds one tensor of ours; each of ours is fetched once."""
+    if len(spelling) == 1:
+        shards.add(spelling[0].key, spelling[0].assemble(get))
+        return
+    (name,) = spelling[0].parts
+    bank = get(name)
+    for layout in spelling:
+        shards.add(layout.key, layout.assemble(lambda _: bank))
+
+
+class Tensors(Mapping[str, Tensor]):
     """Stored tensors under our names."""
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
-        self.stored = Stored(folder)
-        self.places = places(config)
-        with torch.device("meta"):
-            self.shapes = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
-        assert self.shapes.keys() == self.places.keys(), f"{self.shapes.keys() ^ self.places.keys()}"
-        self._check(folder, copies(config))
+        family = BY_NAME.get(config.family)
+        self.stored = Stored(folder, prefix=family.names.prefix if family else "")
+        self.places = {name: self._held(spellings) for name, spellings in places(config).items()}
+        self._check(folder, copies(config), family.names.ignored if family else re.compile(r"(?!)"))
 
     def __getitem__(self, name: str) -> Tensor:
-        place = self.places[name]
-        if self._is_packed(place):
-            assert place.packed is not None, f"{place=}"
-            return self.stored.get(place.packed) if place.half is None else self.stored.half(place.packed, place.half)
-        if not place.stacked:
-            return self.stored.get(place.keys[0])
-        first = self.stored.get(place.keys[0])
-        bank = first.new_empty(self.shapes[name])
-        for one, key in zip(bank, place.keys, strict=True):
-            one.copy_(self.stored.get(key))
+        """Read one; of a bank no more than one expert's matrices are in memory beside it."""
+        spelling = self.places[name]
+        first, shape = spelling[0], spelling[0].parts[name]
+        if len(shape) != 3:
+            return first.extract(self.stored.get(first.key), name)
+        slabs = (self.stored.get(one.key)[None] for one in spelling) if first.row is not None else None
+        bank: Tensor | None = None
+        for place, slab in enumerate(slabs or self.stored.slabs(first.key)):
+            bank = slab.new_empty(shape) if bank is None else bank
+            bank[place : place + 1] = first.extract(slab, name)
+        assert bank is not None, f"{name=}"
         return bank
+
+    def empty(self, name: str) -> Tensor:
+        """One without its values, on the meta device."""
+        first = self.places[name][0]
+        return torch.empty(first.parts[name], dtype=self.stored.dtype(first.key), device="meta")
+
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self.places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -178,25 +203,21 @@ class _Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.places)
 
-    def _is_packed(self, place: Place) -> bool:
-        return place.packed is not None and place.packed in self.stored
+    def _held(self, spellings: list[Spelling]) -> Spelling:
+        """The spelling that the files have; the first if none."""
+        for spelling in spellings:
+            if spelling[0].key in self.stored:
+                return spelling
+        return spellings[0]
 
-    def _check(self, folder: Path, repeats: dict[str, str]) -> None:
+    def _check(self, folder: Path, repeats: dict[str, str], ignored: re.Pattern[str]) -> None:
         """Compare keys, shapes and dtypes with what the config needs, and copies with their originals."""
-        wanted: dict[str, tuple[int, ...]] = {}
-        for name, place in self.places.items():
-            shape = self.shapes[name]
-            if self._is_packed(place):
-                assert place.packed is not None, f"{place=}"
-                doubled = shape if place.half is None else (shape[0], 2 * shape[1], *shape[2:])
-                wanted[place.packed] = doubled
-            else:
-                wanted |= dict.fromkeys(place.keys, shape[1:] if place.stacked else shape)
+        wanted = {one.key: one.shape for spelling in self.places.values() for one in spelling}
         keys = self.stored.keys()
         for key in wanted:
             if key not in keys:
                 raise HFError(f"{folder}: lacks {key} of shape {wanted[key]}{_more(wanted.keys() - keys)}")
-        extra = {key for key in keys - wanted.keys() - repeats.keys() if not key.endswith(IGNORED)}
+        extra = {key for key in keys - wanted.keys() - repeats.keys() if not ignored.fullmatch(key)}
         if extra:
             raise HFError(f"{folder}: holds {min(extra)}, of which {CONFIG} says nothing{_more(extra)}")
         for key, shape in wanted.items():
@@ -205,9 +226,10 @@ class _Tensors(Mapping[str, Tensor]):
         for key, name in repeats.items():
             if key not in keys:
                 continue
-            same = self.stored.shape(key) == self.shapes[name]
+            original = self.places[name][0]
+            same = self.stored.shape(key) == original.shape
             if not (same and torch.equal(self.stored.get(key), self[name])):
-                raise HFError(f"{folder}: {key} must be equal to {self.places[name].keys[0]}")
+                raise HFError(f"{folder}: {key} must be equal to {original.key}")
 
 
 def _more(keys: set[str]) -> str:

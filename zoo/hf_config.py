@@ -2,72 +2,41 @@
 
 Every field that changes what a model computes is either mapped or must hold the one value that the zoo builds; an
 absent one means what transformers 5.23 takes it for. How routers are balanced a folder does not say: it is read as off.
+A family without a class there has a layout of our own: our config under the key ``zoo``.
 """
 
 import copy
-from dataclasses import dataclass
+import dataclasses
 from typing import Any
 
-from zoo.config import (
-    AttentionConfig,
-    BlockConfig,
-    MLAConfig,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
-    NormConfig,
-    RouterConfig,
-    expanded,
-)
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zoo.config import BlockConfig, InitConfig, ModelConfig, expanded
+from zoo.config_ff import GroupScore, MoEConfig, Score
+from zoo.config_mixer import AttentionConfig, MLAConfig
+from zoo.count import parameters
+from zoo.hf_families import BY_NAME, BY_TYPE
+from zoo.hf_family import Family
 from zoo.hf_fields import Fields, HFError
-from zoo.hf_rope import read_rope, write_rope
+from zoo.hf_layers import FULL, type_of
+from zoo.hf_rope import at_rest, read_rope, write_rope
+from zoo.hf_table import MAYBE, SLOTS, Part, at, fill, first, read, rebuilt, slot_of
 
-LATENT_EPS = 1e-6
-"""Of MLA's two inner norms: transformers' DeepSeek-V3 keeps its norm's default, whatever rms_norm_eps says."""
-
-QWEN_HEAD_DIM = 128
-"""Of a Qwen3 config without head_dim."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """An architecture as transformers names it.
-
-    Attributes:
-        name: ours.
-        model_type: theirs.
-        architecture: their class that computes logits.
-        fixed: fields that the zoo builds with one value only: (that value, what an absent field means).
-    """
-
-    name: str
-    model_type: str
-    architecture: str
-    fixed: dict[str, tuple[object, object]]
-
-
-FIXED: dict[str, tuple[object, object]] = {
-    "hidden_act": ("silu", "silu"),
-    "attention_bias": (False, False),
-    "attention_dropout": (0.0, 0.0),
-    "quantization_config": (None, None),
-}
-FAMILIES = [
-    Family("llama3", "llama", "LlamaForCausalLM", FIXED | {"mlp_bias": (False, False)}),
-    Family("qwen3", "qwen3", "Qwen3ForCausalLM", FIXED | {"use_sliding_window": (False, False)}),
-    Family(
-        "deepseek_v3",
-        "deepseek_v3",
-        "DeepseekV3ForCausalLM",
-        FIXED
-        | {
-            "scoring_func": ("sigmoid", "sigmoid"),
-            "topk_method": ("noaux_tc", "noaux_tc"),
-            "norm_topk_prob": (True, True),
-            "moe_layer_freq": (1, 1),
-        },
-    ),
-]
+OWN = {"grok2"}
+"""Families for which transformers has no class."""
+OWN_TYPE = "zoo"
+SAME = {"kimi_k2": "deepseek_v3"}
+"""Types of model that are another one under a new name."""
+WHOLE = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mistral3": "mistral"}
+"""Types with a vision tower, and those of their text models."""
+NULLABLE = ("sliding_window", "q_lora_rank", "num_key_value_heads")
+"""Fields where null is not the same as absent: no window, no low rank, as many heads as queries have."""
+MOST_PARTS = 2**16
+"""Layers, and experts of a layer: each has a name of its own, and more would fill the memory before files are read."""
+MOST_PARAMETERS = 2**59
+"""Of which each tensor still has a size in bytes, as torch counts them."""
+LIKE: dict[str, object] = {"norm.eps": 1.0, "init.std": 1.0, "tied": True}  # other fields of a model are whole numbers
 
 
 def parse(raw: dict[str, Any], *, source: str) -> ModelConfig:
@@ -77,20 +46,24 @@ def parse(raw: dict[str, Any], *, source: str) -> ModelConfig:
         HFError: a field is missing, ill-typed or asks for what the zoo does not build; names ``source`` and the field.
     """
     fields = Fields(raw, source=source)
-    known = {family.model_type: family for family in FAMILIES}
-    family = known.get(str(raw.get("model_type")))
-    if family is None:
-        raise fields.fault("model_type", f"one of {sorted(known)}")
-    if raw.get("architectures") not in (None, [family.architecture]):
-        raise fields.fault("architectures", f'["{family.architecture}"]')
-    for key, (only, absent) in family.fixed.items():
-        fields.fixed(key, only, absent=absent)
+    if raw.get("model_type") == OWN_TYPE:
+        return _parse_own(fields)
+    family = _family_of(fields)
+    taken = {key: value for key, value in family.absent.items() if raw.get(key) is None}
+    nulls = {key: None for key in NULLABLE if key in raw and raw[key] is None}
+    fields = Fields(raw | taken | nulls, source=source)
+    for key, only in family.fixed.items():
+        fields.fixed(key, only, absent=only)
     try:
-        return _read_deepseek(fields) if family.name == "deepseek_v3" else _read_dense(fields, family.name)
+        config = _read(fields, family)
     except HFError:
         raise
     except ValueError as error:  # a check of zoo/config.py
         raise HFError(f"{source}: {error}") from error
+    total = parameters(config).total
+    if total > MOST_PARAMETERS:
+        raise HFError(f"{source}: asks for {total} parameters: must be at most {MOST_PARAMETERS}")
+    return config
 
 
 def render(config: ModelConfig) -> dict[str, Any]:
@@ -99,146 +72,154 @@ def render(config: ModelConfig) -> dict[str, Any]:
     Raises:
         HFError: transformers has no such family, or its class cannot hold some value; names the key.
     """
-    known = {family.name: family for family in FAMILIES}
-    if config.family not in known:
-        raise HFError(f"model.family={config.family}: must be one of {sorted(known)} for a Hugging Face folder")
-    family = known[config.family]
-    raw: dict[str, Any] = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layers,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": config.norm.eps,
-        "tie_word_embeddings": config.tied,
-        "initializer_range": config.init_std,
-        "use_cache": True,
-    }
-    raw |= {key: only for key, (only, _) in family.fixed.items() if only is not None}
-    raw |= _write_deepseek(config) if family.name == "deepseek_v3" else _write_dense(config)
+    if config.family in OWN:
+        return {"architectures": ["Decoder"], "model_type": OWN_TYPE, "zoo": dataclasses.asdict(config)}
+    if config.family not in BY_NAME:
+        allowed = sorted(BY_NAME.keys() | OWN)
+        raise HFError(f"model.family={config.family}: must be one of {allowed} for a Hugging Face folder")
+    family = BY_NAME[config.family]
+    _check_class(config, family)
+    raw: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type, "use_cache": True}
+    raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # a class has its own, and pads with one
+    for path, key in family.fields.items():
+        value = _value(config, path)
+        if value is not None or path.endswith(MAYBE):
+            raw.setdefault(key, value)
+    for rule in family.rules:
+        raw |= rule.write(config)
+    raw |= family.kinds.write(config) | family.feed_kinds.write(config) | write_rope(config, family)
+    raw |= {key: only for key, only in family.fixed.items() if only is not None} | copy.deepcopy(family.extra)
+    if family.names.mtp:
+        raw["num_nextn_predict_layers"] = config.n_mtp
     back = parse(raw, source="config.json")
-    _compare(_function(config), _function(back), key="model", family=family)
+    _compare(_function(config), _function(back), key="model", holder=family.architecture)
+    check_mtp(config)
     return raw
 
 
-def _read_model(fields: Fields, **parts: Any) -> ModelConfig:
-    """What all families have in common, and ``parts``."""
+def _family_of(fields: Fields) -> Family:
+    """The row of a ``config.json``."""
+    kind = fields.raw.get("model_type")
+    if isinstance(kind, str) and kind in WHOLE:
+        raise fields.fault("model_type", f'"{WHOLE[kind]}", the text model alone: images are not supported')
+    family = BY_TYPE.get(SAME.get(kind, kind)) if isinstance(kind, str) else None
+    if family is None:
+        raise fields.fault("model_type", f"one of {sorted(BY_TYPE.keys() | SAME.keys())}")
+    if fields.raw.get("architectures") not in (None, [family.architecture]):
+        raise fields.fault("architectures", f'["{family.architecture}"]')
+    return family
+
+
+def _read(fields: Fields, family: Family) -> ModelConfig:
+    values = {path: read(fields, key, like=LIKE.get(path, 1)) for path, key in family.fields.items() if not _slot(path)}
+    n_layers = values["n_layers"]
+    if n_layers > MOST_PARTS:
+        raise fields.fault(family.fields["n_layers"], f"at most {MOST_PARTS}")
+    mixers = family.kinds.read(fields, n_layers)
+    feeds = family.feed_kinds.read(fields, n_layers)
+    parts = {kind: _part(fields, family, family.mixers[kind], kind=kind) for kind in dict.fromkeys(mixers)}
+    parts |= {kind: _part(fields, family, family.feeds[kind], kind=kind) for kind in dict.fromkeys(feeds)}
+    kinds = [f"{mixer.removesuffix('_attention')}_{feed}" for mixer, feed in zip(mixers, feeds, strict=True)]
+    blocks: dict[str, Any] = {}
+    for kind, *names in zip(kinds, mixers, feeds, strict=True):
+        both: dict[str, Any] = {slot_of(parts[name]): copy.deepcopy(parts[name]) for name in names}
+        blocks.setdefault(kind, BlockConfig(**both, **family.block))
+    prefix, cycle = _pattern(kinds)
     return ModelConfig(
-        d_model=fields.whole("hidden_size"),
-        n_layers=fields.whole("num_hidden_layers"),
-        vocab_size=fields.whole("vocab_size"),
-        context=fields.whole("max_position_embeddings"),
-        norm=NormConfig(fields.number("rms_norm_eps")),
-        tied=fields.flag("tie_word_embeddings", absent=False),
-        init_std=fields.number("initializer_range", absent=0.02),
-        **parts,
-    )
-
-
-def _read_dense(fields: Fields, family: str) -> ModelConfig:
-    kinds = fields.raw.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}):
-        raise fields.fault("layer_types", "full_attention in every layer")
-    n_heads = fields.whole("num_attention_heads")
-    qwen = family == "qwen3"
-    attention = AttentionConfig(
-        n_heads=n_heads,
-        n_kv_heads=fields.whole("num_key_value_heads", absent=n_heads),
-        head_dim=fields.whole("head_dim", absent=QWEN_HEAD_DIM if qwen else fields.whole("hidden_size") // n_heads),
-        rope=read_rope(fields, interleaved=False),
-        qk_norm=NormConfig(fields.number("rms_norm_eps")) if qwen else None,
-    )
-    block = BlockConfig(attention=attention, mlp=MLPConfig(fields.whole("intermediate_size")))
-    return _read_model(fields, family=family, blocks={"dense": block}, cycle=["dense"])
-
-
-def _write_dense(config: ModelConfig) -> dict[str, Any]:
-    layer = config.layers[0]
-    if layer.attention is None or layer.mlp is None:
-        raise HFError(f"model.blocks.{config.kinds[0]}: must have attention and mlp in family {config.family}")
-    attention = layer.attention
-    if config.family == "llama3" and config.d_model % attention.n_heads:
-        raise HFError(f"model.d_model={config.d_model}: must be a multiple of n_heads ({attention.n_heads}) for Llama")
-    return {
-        "num_attention_heads": attention.n_heads,
-        "num_key_value_heads": attention.n_kv_heads,
-        "head_dim": attention.head_dim,
-        "intermediate_size": layer.mlp.d_ff,
-        **write_rope(attention.rope, context=config.context),
-    }
-
-
-def _read_deepseek(fields: Fields) -> ModelConfig:
-    n_heads, n_layers = fields.whole("num_attention_heads"), fields.whole("num_hidden_layers")
-    if fields.whole("num_key_value_heads", absent=n_heads) != n_heads:
-        raise fields.fault("num_key_value_heads", f"num_attention_heads ({n_heads})")
-    mla = MLAConfig(
-        n_heads=n_heads,
-        q_rank=None if fields.raw.get("q_lora_rank") is None else fields.whole("q_lora_rank"),
-        kv_rank=fields.whole("kv_lora_rank"),
-        nope_dim=fields.whole("qk_nope_head_dim"),
-        rope_dim=fields.whole("qk_rope_head_dim"),
-        v_dim=fields.whole("v_head_dim"),
-        norm=NormConfig(LATENT_EPS),
-        rope=read_rope(fields, interleaved=fields.flag("rope_interleave", absent=True)),
-    )
-    moe = MoEConfig(
-        n_experts=fields.whole("n_routed_experts"),
-        top_k=fields.whole("num_experts_per_tok"),
-        d_expert=fields.whole("moe_intermediate_size"),
-        d_shared=fields.whole("moe_intermediate_size") * fields.whole("n_shared_experts"),
-        router=RouterConfig(
-            scale=fields.number("routed_scaling_factor"),
-            n_groups=fields.whole("n_group"),
-            top_groups=fields.whole("topk_group"),
-            balance_rate=0.0,
-            balance_loss=0.0,
-        ),
-    )
-    blocks = {
-        "dense": BlockConfig(mla=mla, mlp=MLPConfig(fields.whole("intermediate_size"))),
-        "moe": BlockConfig(mla=mla, moe=moe),
-    }
-    return _read_model(
-        fields,
-        family="deepseek_v3",
+        family=family.name,
         blocks=blocks,
-        prefix=["dense"] * min(fields.whole("first_k_dense_replace", least=0), n_layers),
-        cycle=["moe"],
-        n_mtp=fields.whole(
-            "num_nextn_predict_layers", absent=fields.whole("num_mtp_layers", absent=1, least=0), least=0
-        ),
+        prefix=prefix,
+        cycle=cycle,
+        norm=dataclasses.replace(family.norm, eps=values["norm.eps"]),
+        init=InitConfig(std=values["init.std"]),
+        n_mtp=_read_mtp(fields, family),
+        **{path: value for path, value in values.items() if "." not in path},
+        **family.model,
     )
 
 
-def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
-    dense = [layer.mlp for layer in config.layers if layer.mlp is not None]
+def _read_mtp(fields: Fields, family: Family) -> int:
+    """How many multi-token modules are declared; transformers and vLLM take one for granted."""
+    if not family.names.mtp:
+        return 0
+    n_mtp = fields.whole("num_nextn_predict_layers", absent=fields.whole("num_mtp_layers", absent=1, least=0), least=0)
+    if n_mtp > 1 and "{}" not in family.names.mtp_at:
+        raise fields.fault("num_nextn_predict_layers", "0 or 1: there is one place for a multi-token module")
+    return n_mtp
+
+
+def _part(fields: Fields, family: Family, like: Part, *, kind: str) -> Part:
+    """One part of the layers of a kind."""
+    part = copy.deepcopy(like)
+    fill(part, family.fields, fields)
+    for rule in family.rules:
+        rule.read(fields, part)
+    if isinstance(part, AttentionConfig | MLAConfig) and part.rope is not None:
+        latent = isinstance(part, MLAConfig)
+        part.rope = read_rope(fields, like=part.rope, kind=kind, family=family, latent=latent)
+    if isinstance(part, MoEConfig) and part.n_experts > MOST_PARTS:
+        key = family.fields.get("moe.n_experts", "num_experts")
+        raise fields.fault(key, f"at most {MOST_PARTS}")
+    return rebuilt(part)
+
+
+def _pattern(kinds: list[str]) -> tuple[list[str], list[str]]:
+    """The shortest prefix and cycle that list the layers.
+
+    Example: a b c b c is prefix [a], cycle [b, c].
+    """
+    n = len(kinds)
+    for length in range(1, n + 1):
+        for start in range(length):
+            cycle = length - start
+            if all(kinds[i] == kinds[i + cycle] for i in range(start, n - cycle)):
+                return kinds[:start], kinds[start:length]
+    raise AssertionError(f"{kinds=}")
+
+
+def _parse_own(fields: Fields) -> ModelConfig:
+    """The layout of families that transformers has no class for."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), fields.raw.get("zoo")))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise HFError(f"{fields.source}: zoo: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, ModelConfig), f"{type(config)=}"
+    if config.family not in OWN:
+        raise HFError(f"{fields.source}: zoo: family={config.family}: must be one of {sorted(OWN)}")
+    return config
+
+
+def _slot(path: str) -> str | None:
+    """The slot of a layer that a path begins with; None: it is of the model itself."""
+    slot = path.partition(".")[0]
+    return slot if slot in SLOTS.values() else None
+
+
+def _value(config: ModelConfig, path: str) -> Any:
+    return first(config, path) if _slot(path) else at(config, path)
+
+
+def _check_class(config: ModelConfig, family: Family) -> None:
+    """Refuse what could not even be asked for."""
+    mixers = {slot_of(part) for part in family.mixers.values()}
+    feeds = {slot_of(part) for part in family.feeds.values()}
+    for kind, layer in config.blocks.items():
+        slots = {slot for slot in SLOTS.values() if at(layer, slot) is not None}
+        if kind in config.kinds and not (len(slots) == 2 and slots & mixers and slots & feeds):
+            allowed = f"one of {sorted(mixers)} and one of {sorted(feeds)}"
+            raise HFError(f"model.blocks.{kind}: must have {allowed} in family {family.name}")
+
+
+def check_mtp(config: ModelConfig) -> None:
+    """Refuse multi-token modules that a folder cannot hold: they are layers of full attention with experts.
+
+    Raises:
+        HFError: the last layer, whose kind ours take, is another.
+    """
     last = config.layers[-1]
-    if last.mla is None or last.moe is None:
-        raise HFError(f"model.blocks.{config.kinds[-1]}: must have mla and moe in family {config.family}")
-    mla, moe = last.mla, last.moe
-    return {
-        "num_attention_heads": mla.n_heads,
-        "num_key_value_heads": mla.n_heads,
-        "q_lora_rank": mla.q_rank,
-        "kv_lora_rank": mla.kv_rank,
-        "qk_nope_head_dim": mla.nope_dim,
-        "qk_rope_head_dim": mla.rope_dim,
-        "v_head_dim": mla.v_dim,
-        "rope_interleave": mla.rope.interleaved,
-        **write_rope(mla.rope, context=config.context),
-        "first_k_dense_replace": len(dense),
-        "intermediate_size": dense[0].d_ff if dense else moe.d_expert,
-        "n_routed_experts": moe.n_experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.d_expert,
-        "n_shared_experts": moe.d_shared // moe.d_expert,
-        "routed_scaling_factor": moe.router.scale,
-        "n_group": moe.router.n_groups,
-        "topk_group": moe.router.top_groups,
-        "num_nextn_predict_layers": config.n_mtp,
-    }
+    fits = config.family in OWN or (type_of(last) == FULL and last.moe is not None)
+    if config.n_mtp and not fits:
+        raise HFError(f"model.n_mtp={config.n_mtp}: must be 0 unless the last layer is full attention with experts")
 
 
 def _function(config: ModelConfig) -> dict[str, Any]:
@@ -246,23 +227,30 @@ def _function(config: ModelConfig) -> dict[str, Any]:
     config = copy.deepcopy(config)
     for block in config.blocks.values():
         mixer = block.attention or block.mla
-        assert mixer is not None, f"{block=}"
-        if write_rope(mixer.rope, context=config.context)["rope_scaling"] is None:
+        if mixer is not None and mixer.rope is not None and at_rest(mixer.rope, context=config.context):
             mixer.rope.scaling = None
+        if block.attention is not None:
+            block.attention.scale_dim = block.attention.scale_dim or float(block.attention.head_dim)
         if block.moe is not None:
-            block.moe.router.balance_rate = block.moe.router.balance_loss = 0.0
+            router = block.moe.router
+            router.balance_rate = None if router.balance_rate is None else 0.0
+            router.balance_loss = 0.0
+            if router.n_groups == 1:
+                router.group_score = GroupScore.best
+            if router.score is Score.softmax_chosen:  # the same function
+                router.score, router.normalize = Score.softmax, True
     plain = expanded(config)
-    del plain["init_std"]
+    del plain["init"]
     return plain
 
 
-def _compare(ours: Any, theirs: Any, *, key: str, family: Family) -> None:
+def _compare(ours: Any, theirs: Any, *, key: str, holder: str) -> None:
     """Refuse what did not survive being written and read: the folder could not hold it."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for name in ours:
-            _compare(ours[name], theirs[name], key=f"{key}.{name}", family=family)
+            _compare(ours[name], theirs[name], key=f"{key}.{name}", holder=holder)
     elif isinstance(ours, list) and isinstance(theirs, list):
         for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-            _compare(one, other, key=f"{key}.{place}", family=family)
+            _compare(one, other, key=f"{key}.{place}", holder=holder)
     elif ours != theirs:
-        raise HFError(f"{key}={ours}: must be {theirs}, all that {family.architecture} can hold")
+        raise HFError(f"{key}={ours}: must be {theirs}, all that {holder} can hold")

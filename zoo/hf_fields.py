@@ -34,8 +34,8 @@ class Fields:
             raise self.fault(key, "a number, and finite")
         return float(value)
 
-    def flag(self, key: str, *, absent: bool) -> bool:
-        """True or false."""
+    def flag(self, key: str, *, absent: bool | None = None) -> bool:
+        """True or false; without ``absent`` the field is required."""
         value = absent if self.raw.get(key) is None else self.raw[key]
         if not isinstance(value, bool):
             raise self.fault(key, "true or false")
@@ -43,7 +43,7 @@ class Fields:
 
     def fixed(self, key: str, only: object, *, absent: object) -> None:
         """Refuse any value but ``only``; ``absent`` is what a missing field means."""
-        if self.raw.get(key, absent) != only:
+        if (absent if self.raw.get(key) is None else self.raw[key]) != only:
             raise self.fault(key, f"{json.dumps(only)}, which is all that is supported")
 
     def fault(self, key: str, allowed: str) -> HFError:

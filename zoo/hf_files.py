@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from zoo.hf_fields import HFError, read_json
@@ -20,36 +19,51 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MTP_FILES = "mtp*.safetensors"
+HEAD = "lm_head."
 FILE = re.compile(r"[^/\\\0]+\.safetensors")
-READABLE = {"F64", "F32", "F16", "BF16"}
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+READABLE = set(DTYPES)
 
 
 class Stored:
-    """The tensors of a folder by key; only headers are read until one is asked for.
+    """The tensors of a folder by key; only headers are read until one is asked for, and no file stays open.
+
+    A file that stays mapped would count as memory, page by page as its tensors are read.
+
+    Args:
+        folder: that holds the files.
+        prefix: of the keys of a whole model, which files of the bare one lack; all keys are given one then.
 
     Raises:
         HFError: a file is missing, truncated or no safetensors file, or lacks what the index says it holds.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, prefix: str = "") -> None:
         self.folder = folder
         index = _read_index(folder / INDEX) if (folder / INDEX).exists() else {}
         names = set(index.values()) or {SINGLE}
         names |= {path.name for path in folder.glob(MTP_FILES)}
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
+        self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name in sorted(names):
-            opened = _open(folder / name)
-            self._files |= dict.fromkeys(opened.keys(), opened)
+            with _open(folder / name) as opened:
+                for key in opened.keys():
+                    header = opened.get_slice(key)
+                    self._files[key] = folder / name
+                    self._kinds[key] = header.get_dtype(), tuple(header.get_shape())
         for key in index:
             if key not in self._files:
                 raise HFError(f"{folder / index[key]}: lacks {key}, which {INDEX} says it holds")
+        bare = not any(key.startswith(prefix) for key in self._files)
+        self._names = {prefix + key if bare and not key.startswith(HEAD) else key: key for key in self._files}
 
     def __contains__(self, key: str) -> bool:
-        return key in self._files
+        return key in self._names
 
     def keys(self) -> set[str]:
         """All keys, of all files."""
-        return set(self._files)
+        return set(self._names)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header.
@@ -57,40 +71,53 @@ class Stored:
         Raises:
             HFError: it is stored in a dtype that holds no plain weights.
         """
-        header = self._files[key].get_slice(key)
-        if header.get_dtype() not in READABLE:
-            raise HFError(f"{self.folder}: {key} is {header.get_dtype()}: must be one of {sorted(READABLE)}")
-        return tuple(header.get_shape())
+        dtype, shape = self._kinds[self._names[key]]
+        if dtype not in READABLE:
+            raise HFError(f"{self.folder}: {key} is {dtype}: must be one of {sorted(READABLE)}")
+        return shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Dtype of a tensor whose shape has been asked for, from the header."""
+        return DTYPES[self._kinds[self._names[key]][0]]
 
     def get(self, key: str) -> Tensor:
         """Read one tensor."""
-        return self._files[key].get_tensor(key)
+        name = self._names[key]
+        with _open(self._files[name]) as opened:
+            return opened.get_tensor(name)
 
-    def half(self, key: str, half: int) -> Tensor:
-        """Read the first (0) or second (1) half of dimension 1 of one tensor."""
-        rows = self._files[key].get_slice(key)
-        middle = rows.get_shape()[1] // 2
-        return rows[:, :middle] if half == 0 else rows[:, middle:]
+    def slabs(self, key: str) -> Iterator[Tensor]:
+        """Read one tensor piece by piece: for each place in its first dimension what is there, (1, …)."""
+        name = self._names[key]
+        for place in range(self.shape(key)[0]):
+            with _open(self._files[name]) as opened:  # anew each time: what was read stays mapped
+                yield opened.get_slice(name)[place : place + 1]
 
 
 class Shards:
-    """Writes tensors into numbered files of at most ``limit`` bytes (more only for a single larger tensor)."""
+    """Writes tensors into numbered files of at most ``limit`` bytes (more only for a single larger tensor).
+
+    No more than the tensor at hand is in memory: its bytes go to a file that waits until the header before them, which
+    has to know all of them, can be written.
+    """
 
     def __init__(self, folder: Path, stem: str, *, limit: int) -> None:
         self.folder = folder
         self.stem = stem
         self.limit = limit
         self.total = 0  # bytes
-        self._waiting: dict[str, Tensor] = {}
+        self._waiting: dict[str, Tensor] = {}  # meta tensors: what of the open shard is on disk already
         self._waiting_bytes = 0
         self._written: list[list[str]] = []
 
     def add(self, key: str, tensor: Tensor) -> None:
-        """Take a copy of one tensor, and write a file when enough wait."""
+        """Write one tensor, after the header of the shard before it if that is full."""
         size = tensor.numel() * tensor.element_size()
         if self._waiting and self._waiting_bytes + size > self.limit:
             self._flush()
-        self._waiting[key] = tensor.detach().to("cpu", copy=True).contiguous()
+        with self._data(tensor.element_size()).open("ab") as file:
+            file.write(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._waiting[key] = tensor.to("meta")
         self._waiting_bytes += size
         self.total += size
 
@@ -108,12 +135,32 @@ class Shards:
         return files
 
     def _flush(self) -> None:
-        save_file(self._waiting, self._part(len(self._written)), metadata={"format": "pt"})
+        """Header, then the bytes: widest numbers first, so that each tensor begins at a multiple of its width."""
+        widths = sorted({tensor.element_size() for tensor in self._waiting.values()}, reverse=True)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for width in widths:
+            for key, tensor in self._waiting.items():
+                if tensor.element_size() == width:
+                    start, end = end, end + tensor.numel() * width
+                    code = CODES[tensor.dtype]
+                    header[key] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with self._part(len(self._written)).open("xb") as whole:
+            whole.write(len(text).to_bytes(8, "little") + text)
+            for width in widths:
+                with self._data(width).open("rb") as data:
+                    shutil.copyfileobj(data, whole, 1 << 20)
+                self._data(width).unlink()
         self._written.append(list(self._waiting))
         self._waiting, self._waiting_bytes = {}, 0
 
     def _part(self, place: int) -> Path:
         return self.folder / f"{self.stem}.part{place}"
+
+    def _data(self, width: int) -> Path:
+        return self.folder / f"{self.stem}.bytes{width}"
 
 
 @contextmanager
@@ -172,7 +219,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt", device="cpu").__enter__()
+        return safe_open(path, framework="pt", device="cpu")
     except FileNotFoundError as error:
         raise HFError(f"{path}: no such file: must be a folder of safetensors files") from error
     except (OSError, ValueError, SafetensorError) as error:

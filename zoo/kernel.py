@@ -1,41 +1,75 @@
 """softmax(QKᵀ)V behind one signature."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.config_mixer import TemperatureConfig
+from zoo.kernel_choice import KernelName, Needs, choose
+from zoo.kernel_flex import flex
+from zoo.kernel_plain import plain
+from zoo.kernel_varlen import varlen
 from zoo.linear import product_dtype
 from zoo.mask import Mask
+from zoo.temperature import sharpening
 
 
 class Kernel(nn.Module):
-    """Scaled dot-product attention by torch; a module, so that context parallelism can put another in its place."""
+    """Attention of queries to keys; a module, so that context parallelism can put another in its place.
 
-    def __init__(self, *, scale: float) -> None:
+    ``chosen`` is the kernel that a CPU takes until who builds the model chooses for its device.
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: float,
+        width: int,
+        v_width: int,
+        softcap: float | None = None,
+        temperature: TemperatureConfig | None = None,
+        has_sinks: bool = False,
+    ) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.softcap, self.temperature = scale, softcap, temperature
+        self.needs = Needs(width, v_width, softcap is not None, temperature is not None, has_sinks)
+        chosen = choose(self.needs, device=torch.device("cpu"), dtype=torch.float32)
+        assert chosen is not None, f"{self.needs=}"
+        self.chosen: KernelName = chosen
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, sinks: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
             q: (B, T, H, K).
             k: (B, T, G, K), where G divides H.
             v: (B, T, G, U); U need not be K.
-            mask: who sees whom.
+            mask: who sees whom, and at which positions.
+            sinks: (H,), one more logit a head, in the softmax's denominator only.
 
         Returns:
             (B, T, H, U).
         """
-        width = v.shape[-1]
-        if (
-            width < q.shape[-1]
-        ):  # torch's fused kernels want one width: padded zeros cost half of what its fallback does
-            v = F.pad(v, (0, q.shape[-1] - width))
-        narrow, wide = q.dtype, product_dtype(q.dtype, q.device.type)
-        q, k, v = (each.to(wide).transpose(1, 2) for each in (q, k, v))
-        allowed = mask.dense
-        grouped = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=self.scale, enable_gqa=grouped
-        )
-        return y.transpose(1, 2)[..., :width].to(narrow)
+        if self.chosen is KernelName.sdpa:
+            return sdpa(q, k, v, mask, scale=self.scale)
+        if self.chosen is KernelName.varlen:
+            return varlen(q, k, v, mask, scale=self.scale)
+        factors = None
+        if self.temperature is not None:
+            factors = sharpening(self.temperature, mask.positions, dtype=torch.promote_types(q.dtype, torch.float32))
+        attend = plain if self.chosen is KernelName.plain else flex
+        return attend(q, k, v, mask, scale=self.scale, softcap=self.softcap, factors=factors, sinks=sinks)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float) -> Tensor:
+    """Attend by torch's kernels; shapes and arguments as in ``zoo.kernel_plain.plain``."""
+    width = v.shape[-1]
+    if width < q.shape[-1]:  # torch's fused kernels want one width: padded zeros cost half of what its fallback does
+        v = F.pad(v, (0, q.shape[-1] - width))
+    narrow, wide = q.dtype, product_dtype(q.dtype, q.device.type)
+    q, k, v = (each.to(wide).transpose(1, 2) for each in (q, k, v))
+    allowed, grouped = mask.dense, q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale, enable_gqa=grouped
+    )
+    return y.transpose(1, 2)[..., :width].to(narrow)

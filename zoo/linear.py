@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """``y = x Wᵀ``, computed in the dtype of ``x``, whatever the dtype in which the weight is kept."""
+    """``y = x Wᵀ + b``, computed in the dtype of ``x``, whatever the dtype in which the parameters are kept."""
 
-    def __init__(self, d_in: int, d_out: int) -> None:
+    def __init__(self, d_in: int, d_out: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, d_in) to (…, d_out)."""
         if product_dtype(x.dtype, x.device.type) is not x.dtype:
-            return _Widened.apply(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
+            return _Widened.apply(x, self.weight, self.bias)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 @cache
@@ -47,15 +48,18 @@ class _Widened(torch.autograd.Function):
     """A product of widened numbers, rounded back; what is kept for the backward stays narrow."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         wide = product_dtype(x.dtype, x.device.type)
-        return F.linear(x.to(wide), widened(weight, x.dtype)).to(x.dtype)
+        y = F.linear(x.to(wide), widened(weight, x.dtype), None if bias is None else widened(bias, x.dtype))
+        return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         wide = product_dtype(x.dtype, x.device.type)
         grad, rows = grads[0].flatten(0, -2).to(wide), x.flatten(0, -2).to(wide)
         d_x = torch.mm(grad, widened(weight, x.dtype)).to(x.dtype).view(x.shape)
-        return d_x, torch.mm(grad.t(), rows).to(weight.dtype)
+        d_bias = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
+        return d_x, torch.mm(grad.t(), rows).to(weight.dtype), d_bias

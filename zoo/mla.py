@@ -7,11 +7,11 @@ Letters: zoo/__init__.py, and here N nope_dim, R rope_dim, U v_dim, C kv_rank.
 import torch
 from torch import Tensor, nn
 
-from zoo.config import MLAConfig
+from zoo.config_mixer import MLAConfig
 from zoo.context import Context
 from zoo.kernel import Kernel
 from zoo.linear import Linear
-from zoo.norm import RMSNorm
+from zoo.norm import norm
 from zoo.rope import softmax_factor
 
 
@@ -27,13 +27,14 @@ class MLA(nn.Module):
         self.config = c = config
         width = c.nope_dim + c.rope_dim
         self.wq_down = None if c.q_rank is None else Linear(d_model, c.q_rank)
-        self.q_norm = None if c.q_rank is None else RMSNorm(c.q_rank, c.norm)
+        self.q_norm = None if c.q_rank is None else norm(c.q_rank, c.norm)
         self.wq = Linear(d_model if c.q_rank is None else c.q_rank, c.n_heads * width)
         self.wkv_down = Linear(d_model, c.kv_rank + c.rope_dim)
-        self.kv_norm = RMSNorm(c.kv_rank, c.norm)
+        self.kv_norm = norm(c.kv_rank, c.norm)
         self.wkv = Linear(c.kv_rank, c.n_heads * (c.nope_dim + c.v_dim))
         self.wo = Linear(c.n_heads * c.v_dim, d_model)
-        self.kernel = Kernel(scale=width**-0.5 * softmax_factor(c.rope, context=context))
+        scale = width**-0.5 * softmax_factor(c.rope, context=context)
+        self.kernel = Kernel(scale=scale, width=width, v_width=c.v_dim)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix each token with those before it: (B, T, D), normalised, to (B, T, D)."""
@@ -51,5 +52,5 @@ class MLA(nn.Module):
         k_rope = rotate(k_rope[:, :, None]).expand(-1, -1, q.shape[2], -1)  # (B, T, H, R)
         q = torch.cat([q_nope, rotate(q_rope)], dim=-1)
         k = torch.cat([k_nope, k_rope], dim=-1)
-        y = self.kernel(q, k, v, context.mask)  # (B, T, H, U)
+        y = self.kernel(q, k, v, context.mask())  # (B, T, H, U)
         return self.wo(y.flatten(2))

@@ -1,14 +1,18 @@
-"""Mixture of experts: routed experts beside a shared one. Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2."""
+"""Mixture of experts: routed experts beside a shared one. Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+
+Weights on what goes in: transformers, models/llama4/modeling_llama4.py; a gated shared expert: models/qwen3_next.
+"""
 
 import torch
 from torch import Tensor, nn
 
-from zoo.config import MoEConfig
+from zoo.config_ff import MLPConfig, MoEConfig
 from zoo.context import Context
 from zoo.dispatch import Dispatcher
 from zoo.experts import Experts
+from zoo.linear import Linear
 from zoo.mlp import MLP
-from zoo.router import AttachLoss, Router, Tally
+from zoo.router import AttachLoss, Router, Routing, Tally
 
 
 class MoE(nn.Module):
@@ -16,23 +20,35 @@ class MoE(nn.Module):
 
     def __init__(self, config: MoEConfig, *, d_model: int) -> None:
         super().__init__()
+        self.scale_input = config.scale_input
         self.router = Router(config, d_model=d_model)
         self.dispatcher = Dispatcher()
-        self.experts = Experts(n_experts=config.n_experts, d_model=d_model, d_expert=config.d_expert)
-        self.shared = MLP(d_model=d_model, d_ff=config.d_shared) if config.d_shared else None
+        self.experts = Experts(config, d_model=d_model)
+        shared = MLPConfig(d_ff=config.d_shared, activation=config.activation) if config.d_shared else None
+        self.shared = None if shared is None else MLP(shared, d_model=d_model)
+        self.shared_gate = Linear(d_model, 1) if config.shared_gate else None
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tally]:
         """Map (B, T, D) to (B, T, D) and count; under training the balance loss rides on the result's gradient."""
         tokens = x.flatten(0, 1)  # (N, D)
         routing = self.router(tokens)
-        sent = self.dispatcher.dispatch(tokens, routing.chosen, n_experts=routing.scores.shape[-1])
-        routed = self.dispatcher.combine(self.experts(sent.rows, sent.counts), sent, routing.weights)
+        routed, counts = self._routed(tokens, routing)
         y = routed.view_as(x)
         if self.shared is not None:
-            y = y + self.shared(x)
+            shared = self.shared(x)
+            y = y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
 
         balance = torch.zeros_like(self.router.balance_value)
         if context.rows is not None and self.router.config.balance_loss > 0:
             balance = self.router.balance_loss(routing.scores, rows=x.shape[0]) / context.rows
             y = AttachLoss.apply(y, balance)
-        return y, Tally(sent.counts, balance.detach())
+        return y, Tally(counts, balance.detach())
+
+    def _routed(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """What the chosen experts make of tokens (N, D), summed: (N, D); and (E,) how many each got."""
+        before, after = None, routing.weights
+        if self.scale_input:
+            before, after = routing.weights, torch.ones_like(routing.weights)
+        n_experts = routing.scores.shape[-1]
+        sent = self.dispatcher.dispatch(tokens, routing.chosen, n_experts=n_experts, weights=before)
+        return self.dispatcher.combine(self.experts(sent.rows, sent.counts), sent, after), sent.counts

@@ -12,7 +12,7 @@ from zoo.block import Block
 from zoo.config import ModelConfig
 from zoo.context import Context
 from zoo.linear import Linear
-from zoo.norm import RMSNorm
+from zoo.norm import norm
 from zoo.router import Tally
 
 
@@ -21,11 +21,11 @@ class MTP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_norm = RMSNorm(config.d_model, config.norm)
-        self.hidden_norm = RMSNorm(config.d_model, config.norm)
+        self.embed_norm = norm(config.d_model, config.norm)
+        self.hidden_norm = norm(config.d_model, config.norm)
         self.proj = Linear(2 * config.d_model, config.d_model)
         self.block = Block(config.layers[-1], model=config)
-        self.norm = RMSNorm(config.d_model, config.norm)
+        self.norm = norm(config.d_model, config.norm)
 
     def forward(self, h: Tensor, embedded: Tensor, context: Context) -> tuple[Tensor, Tally | None]:
         """One depth further.

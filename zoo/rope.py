@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.config import RopeConfig, RopeScalingConfig, Scaling
+from zoo.config_mixer import RopeConfig, RopeScalingConfig, Scaling
 
 
 @dataclass
@@ -23,11 +23,11 @@ class Rotation:
     interleaved: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rotate (B, T, H, R).
+        """Rotate the first R dimensions of (B, T, H, K); the others pass.
 
-        Example with R = 4: halves apart, the pairs are (0, 2) and (1, 3); interleaved, (0, 1) and (2, 3). Either way
-        the first of all pairs come out before the second of all: queries and keys share an order, and their product
-        does not mind which.
+        Example with R = 4, K = 6: halves apart, the pairs are (0, 2) and (1, 3); interleaved, (0, 1) and (2, 3); 4 and
+        5 stay. Either way the first of all pairs come out before the second of all: queries and keys share an order,
+        and their product does not mind which.
         """
         return _Rotate.apply(x, self.cos, self.sin, self.interleaved)
 
@@ -39,15 +39,21 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _turn(_pairs(x, interleaved=interleaved), out.chunk(2, dim=-1), cos, sin)
+        out, turning = torch.empty(x.shape, dtype=x.dtype, device=x.device), 2 * cos.shape[-1]
+        _turn(_pairs(x[..., :turning], interleaved=interleaved), out[..., :turning].chunk(2, dim=-1), cos, sin)
+        if turning < x.shape[-1]:
+            out[..., turning:] = x[..., turning:]
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        out = torch.empty(grads[0].shape, dtype=grads[0].dtype, device=grads[0].device)
-        _turn(grads[0].chunk(2, dim=-1), _pairs(out, interleaved=ctx.interleaved), cos, sin.neg())  # back by the angle
+        grad, turning = grads[0], 2 * cos.shape[-1]
+        out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        back = _pairs(out[..., :turning], interleaved=ctx.interleaved)
+        _turn(grad[..., :turning].chunk(2, dim=-1), back, cos, sin.neg())  # back by the angle
+        if turning < grad.shape[-1]:
+            out[..., turning:] = grad[..., turning:]
         return out, None, None, None
 
 
@@ -68,7 +74,7 @@ def rotation(config: RopeConfig, *, positions: Tensor, dim: int, context: int, d
     Args:
         config: the rotary part of a mixer.
         positions: (B, T), counted from the start of each document.
-        dim: how many dimensions of a head turn.
+        dim: dimensions of a head, of which the first ``config.turning(dim)`` turn.
         context: tokens the model is configured for; decides whether YaRN acts.
         dtype: of the activations.
     """
@@ -80,20 +86,27 @@ def rotation(config: RopeConfig, *, positions: Tensor, dim: int, context: int, d
 
 
 def frequencies(config: RopeConfig, *, dim: int, context: int, device: torch.device) -> Tensor:
-    """Radians a position, (dim/2), fp32; made anew each time: a buffer would be lost when a meta model is emptied."""
-    plain = config.theta ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / -dim)
+    """Radians a position, one for each pair of a head of ``dim`` dimensions that turns, in fp32.
+
+    Made anew each time: a buffer would be lost when a meta model is emptied. Written as the published codes are, so
+    that even the rounding is theirs: an angle is a frequency's rounding error times the position.
+    """
+    turning = config.turning(dim)
+    periods = config.theta ** (torch.arange(0, turning, 2, device=device, dtype=torch.float32) / turning)
     scaling = acting(config, context=context)
     if scaling is None:
-        return plain
+        return 1.0 / periods
+    if scaling.kind is Scaling.linear:
+        return 1.0 / periods / scaling.factor
     if scaling.kind is Scaling.llama3:
-        return _llama3(plain, scaling)
-    return _yarn(plain, scaling, dim=dim, theta=config.theta)
+        return _llama3(1.0 / periods, scaling)
+    return _yarn(periods, scaling, dim=turning, theta=config.theta)
 
 
 def acting(config: RopeConfig, *, context: int) -> RopeScalingConfig | None:
     """The scaling in force. YaRN acts only when the context exceeds the original one, which is DeepSeek's own rule."""
     scaling = config.scaling
-    if scaling is not None and scaling.kind is Scaling.yarn and context <= scaling.original_context:
+    if scaling is not None and scaling.kind is Scaling.yarn and context <= _trained(scaling):
         return None
     return scaling
 
@@ -107,7 +120,10 @@ def softmax_factor(config: RopeConfig, *, context: int) -> float:
 
 
 def phase_factor(config: RopeConfig, *, context: int) -> float:
-    """What multiplies cosines and sines under YaRN; 1 for DeepSeek-V3, whose two mscales are equal."""
+    """What multiplies cosines and sines under YaRN.
+
+    1 for DeepSeek-V3, whose two mscales are equal; 1.346574 for gpt-oss, whose softmax scale carries none of it.
+    """
     scaling = acting(config, context=context)
     if scaling is None or scaling.kind is not Scaling.yarn:
         return 1.0
@@ -119,23 +135,35 @@ def _temperature(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0
 
 
+def _trained(scaling: RopeScalingConfig) -> int:
+    assert scaling.original_context is not None, f"{scaling=}"
+    return scaling.original_context
+
+
 def _llama3(plain: Tensor, scaling: RopeScalingConfig) -> Tensor:
     """Slow turns are divided by ``factor``, fast ones kept, those between blended."""
-    cycles = scaling.original_context * plain / (2 * math.pi)  # turns within the original context
+    assert scaling.low is not None and scaling.high is not None, f"{scaling=}"
+    cycles = _trained(scaling) / (2 * math.pi / plain)  # turns within the original context
     if scaling.high == scaling.low:
         return torch.where(cycles < scaling.low, plain / scaling.factor, plain)
     keep = ((cycles - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
     return keep * plain + (1 - keep) * plain / scaling.factor
 
 
-def _yarn(plain: Tensor, scaling: RopeScalingConfig, *, dim: int, theta: float) -> Tensor:
-    """Pairs that turn more than ``high`` times in the original context are kept, fewer than ``low`` divided."""
+def _yarn(periods: Tensor, scaling: RopeScalingConfig, *, dim: int, theta: float) -> Tensor:
+    """Pairs that turn more than ``high`` times in the original context are kept, fewer than ``low`` divided.
+
+    Between the two they blend; with low = high, as in Kimi K2, the bounds are neighbours and nothing blends.
+    """
+    assert scaling.low is not None and scaling.high is not None, f"{scaling=}"
 
     def pair_turning(times: float) -> float:
-        return dim * math.log(scaling.original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
+        return dim * math.log(_trained(scaling) / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    first = max(math.floor(pair_turning(scaling.high)), 0)
-    last = min(math.ceil(pair_turning(scaling.low)), dim - 1)
-    pairs = torch.arange(dim // 2, device=plain.device, dtype=plain.dtype)
-    divide = ((pairs - first) / (max(last - first, 0.001))).clamp(0, 1)
-    return plain / scaling.factor * divide + plain * (1 - divide)
+    first, last = pair_turning(scaling.high), pair_turning(scaling.low)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    pairs = torch.arange(dim // 2, device=periods.device, dtype=periods.dtype)
+    keep = 1 - ((pairs - first) / (last - first if last != first else 0.001)).clamp(0, 1)
+    return 1.0 / (scaling.factor * periods) * (1 - keep) + 1.0 / periods * keep

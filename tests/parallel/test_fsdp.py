@@ -12,16 +12,9 @@ from parallel.mesh import Mesh, open_mesh
 from trainer import balance, optim
 from trainer.config import OptimConfig, OptimKind, TrainConfig
 from trainer.engine import TorchEngine, count
-from zoo.config import (
-    BlockConfig,
-    MLAConfig,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
-    NormConfig,
-    RopeConfig,
-    RouterConfig,
-)
+from zoo.config import BlockConfig, InitConfig, ModelConfig
+from zoo.config_ff import MLPConfig, MoEConfig, RouterConfig, Score
+from zoo.config_mixer import MLAConfig, NormConfig, RopeConfig
 
 ROWS, LENGTH, VOCAB = 8, 12, 61
 
@@ -30,12 +23,14 @@ def config(tied):
     norm = NormConfig(eps=1e-6)
     rope = RopeConfig(theta=100.0, interleaved=True)
     mla = MLAConfig(n_heads=3, q_rank=10, kv_rank=6, nope_dim=4, rope_dim=2, v_dim=5, norm=norm, rope=rope)
-    router = RouterConfig(scale=2.5, n_groups=4, top_groups=2, balance_rate=0.01, balance_loss=0.05)
+    router = RouterConfig(
+        score=Score.sigmoid, normalize=True, scale=2.5, n_groups=4, top_groups=2, balance_rate=0.01, balance_loss=0.05
+    )
     moe = MoEConfig(n_experts=8, top_k=3, d_expert=6, d_shared=7, router=router)
     blocks = {"dense": BlockConfig(mla=mla, mlp=MLPConfig(d_ff=18)), "moe": BlockConfig(mla=mla, moe=moe)}
     return ModelConfig(
         family="deepseek_v3", d_model=14, n_layers=3, vocab_size=VOCAB, context=64, blocks=blocks, prefix=["dense"],
-        cycle=["moe"], norm=norm, tied=tied, n_mtp=2, init_std=0.3,
+        cycle=["moe"], norm=norm, tied=tied, n_mtp=2, init=InitConfig(std=0.3),
     )  # fmt: skip
 
 

@@ -5,6 +5,8 @@ from models import compose, randomized
 from parallel.config import Sizes
 from parallel.mesh import Mesh
 from trainer import balance
+from zoo.config_ff import MoEConfig, RouterConfig, Score
+from zoo.router import Router
 
 ALONE = Mesh(Sizes(1, 1), torch.device("cpu"), None, 0)
 
@@ -35,6 +37,37 @@ def test_loads_count_training_and_not_evaluation():
     model.train()(tokens)
     model(tokens)
     assert router.load.sum() == 2 * 2 * 9 * router.top_k
+
+
+class Layers(torch.nn.Module):
+    """Nothing but routers, as ``balance`` sees a model."""
+
+    def __init__(self, *rates):
+        super().__init__()
+        self.found = torch.nn.ModuleList(Router(moe(rate), d_model=3) for rate in rates)
+
+    def routers(self):
+        return dict(self.found.named_children())
+
+
+def moe(rate):
+    router = RouterConfig(score=Score.softmax, normalize=True, scale=1.0, balance_rate=rate)
+    return MoEConfig(n_experts=4, top_k=2, d_expert=6, d_shared=0, router=router)
+
+
+@pytest.mark.parametrize("rates", [(None, None), (None, 0.5), (0.5, 0.0)])
+def test_routers_without_a_bias_are_counted_and_not_moved(rates):
+    model = Layers(*rates)
+    for router in model.found:
+        router.load.copy_(torch.tensor([5.0, 1.0, 1.0, 1.0]))
+        router.balance_value.fill_(2.0)
+    loads = balance.update(model, ALONE)
+    assert loads.tolist() == [[5.0, 1.0, 1.0, 1.0]] * 2
+    for router, rate in zip(model.found, rates, strict=True):
+        assert router.load.sum() == 0 and router.balance_value == 0
+        assert (router.balance_bias is None) == (rate is None)
+        if rate is not None:
+            assert router.balance_bias.tolist() == pytest.approx([-1.5 * rate, 0.5 * rate, 0.5 * rate, 0.5 * rate])
 
 
 def test_a_model_without_experts_has_nothing_to_balance():

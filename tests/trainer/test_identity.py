@@ -36,7 +36,7 @@ def test_what_only_steers_training_may_change():
     config = compose("deepseek_v3_tiny")
     steered = {"balance_rate": 0.5, "balance_loss": 0.0}
     changes = {f"blocks__moe__moe__router__{key}": value for key, value in steered.items()}
-    assert difference(config, compose("deepseek_v3_tiny", init_std=1.0, **changes)) is None
+    assert difference(config, compose("deepseek_v3_tiny", init__std=1.0, **changes)) is None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_first_layer_that_differs_is_named(changes, said):
 def test_a_config_comes_back_whole_from_a_checkpoint():
     config = compose("deepseek_v3_tiny", prefix=[])
     assert from_plain(json.loads(json.dumps(plain(config)))) == config
-    broken = [{"family": "llama9"}, {"d_modle": 3}, {"n_layers": "many"}, {"n_layers": 0}]
+    broken = [{"family": "llama 9"}, {"d_modle": 3}, {"n_layers": "many"}, {"n_layers": 0}]
     for change in broken:
         with pytest.raises(CheckpointError, match="^the model in the checkpoint cannot be built: .*$"):
             from_plain(plain(config) | change)

@@ -29,7 +29,8 @@ def test_depths_that_are_not_asked_for_are_not_run():
     tokens = torch.randint(0, 4096, (2, 9))
     ahead = tokens[:, None].expand(2, 2, 9)
 
-    def loss(h, weight, targets):
+    def loss(h, weight, targets, *, softcap):
+        assert softcap is None
         return torch.nn.functional.cross_entropy(h @ weight.t(), targets, reduction="sum")
 
     every = model(tokens, objective=Objective(tokens, ahead, ahead, None, loss))

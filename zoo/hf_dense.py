@@ -1,0 +1,171 @@
+"""Families without experts that transformers 5.23 has classes for, one row each; see ``hf_family.Family``."""
+
+from zoo import hf_names
+from zoo.config_ff import Activation, MLPConfig
+from zoo.config_mixer import (
+    NormConfig,
+    NormKind,
+    QKNormConfig,
+    Scope,
+)
+from zoo.hf_family import (
+    ABSENT,
+    DENSE_FIELDS,
+    DEVIATIONS,
+    QK_DEVIATIONS,
+    QK_NORM,
+    SILU,
+    SWIGLU,
+    TIED,
+    UNBIASED,
+    UNBIASED_MLP,
+    UNWINDOWED,
+    WINDOW,
+    Family,
+    attention,
+)
+from zoo.hf_images import FIELDS as IMAGE_FIELDS
+from zoo.hf_layers import (
+    DENSE,
+    FULL,
+    NOPE,
+    SLIDING,
+    NoRope,
+    Types,
+    Windowed,
+)
+from zoo.hf_rules import Heads, Inner, QueryScalar
+
+CHAMELEON_EPS = 1e-5
+"""Of Chameleon's norms of queries and keys, whatever rms_norm_eps says."""
+
+ROWS = [
+    Family(
+        "gpt2",
+        "gpt2",
+        "GPT2LMHeadModel",
+        mixers={FULL: attention(rope=False, bias=True, out_bias=True)},
+        feeds={DENSE: MLPConfig(d_ff=1, activation=Activation.gelu, bias=True)},
+        fields={
+            "d_model": "n_embd",
+            "n_layers": "n_layer",
+            "vocab_size": "vocab_size",
+            "context": "n_positions",
+            "norm.eps": "layer_norm_epsilon",
+            "tied": "tie_word_embeddings",
+            "init.std": "initializer_range",
+        },
+        rules=(Heads("n_head", None, None, "n_embd", divides=True), Inner()),
+        absent=TIED | {"layer_norm_epsilon": 1e-5},
+        fixed={
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "reorder_and_upcast_attn": False,
+            "add_cross_attention": False,
+            "quantization_config": None,
+        },
+        extra={"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},  # of training; there is no dropout here
+        norm=NormConfig(eps=1.0, kind=NormKind.layer),
+        model={"learned_positions": True},
+        names=hf_names.GPT2,
+    ),
+    Family(
+        "llama3",
+        "llama",
+        "LlamaForCausalLM",
+        mixers={FULL: attention()},
+        feeds={DENSE: SWIGLU},
+        fields=DENSE_FIELDS,
+        rules=(Heads(divides=True),),
+        absent=ABSENT,
+        fixed=UNBIASED_MLP,
+    ),
+    Family(
+        "olmo2",
+        "olmo2",
+        "Olmo2ForCausalLM",
+        mixers={FULL: attention(qk_norm=QKNormConfig(eps=1.0, scope=Scope.width, late_cast=True))},
+        feeds={DENSE: SWIGLU},
+        fields=DENSE_FIELDS | QK_NORM,
+        absent=ABSENT,
+        fixed=UNBIASED,
+        norm=NormConfig(eps=1.0, late_cast=True),
+        block={"pre_norm": False, "post_norm": True},
+        names=hf_names.OLMO2,
+    ),
+    Family(
+        "gemma3",
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        mixers={
+            FULL: attention(qk_norm=QK_DEVIATIONS),
+            SLIDING: attention(qk_norm=QK_DEVIATIONS, window=1),
+        },
+        feeds={DENSE: MLPConfig(d_ff=1, activation=Activation.geglu)},
+        kinds=Types(SLIDING, interval=6, field="sliding_window_pattern"),
+        fields=DENSE_FIELDS | QK_NORM | WINDOW,
+        rules=(Heads(divides=True), QueryScalar()),
+        absent=TIED
+        | {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "num_key_value_heads": 4}
+        | {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_local_base_freq": 10_000.0},
+        fixed={
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": None,
+            "use_bidirectional_attention": False,
+            "quantization_config": None,
+        },
+        norm=DEVIATIONS,
+        model={"scale_embed": True},
+        block={"post_norm": True},
+        names=hf_names.GEMMA3,
+    ),
+    Family(
+        "mistral",
+        "mistral",
+        "MistralForCausalLM",
+        mixers={FULL: attention(), SLIDING: attention(window=1)},
+        feeds={DENSE: SWIGLU},
+        kinds=Windowed(),
+        fields=DENSE_FIELDS | WINDOW,
+        absent=ABSENT | {"sliding_window": 4096, "num_key_value_heads": 8},
+        fixed=SILU,
+    ),
+    Family(
+        "qwen3",
+        "qwen3",
+        "Qwen3ForCausalLM",
+        mixers={FULL: attention(qk_norm=QKNormConfig(eps=1.0))},
+        feeds={DENSE: SWIGLU},
+        fields=DENSE_FIELDS | QK_NORM,
+        absent=ABSENT | {"head_dim": 128, "num_key_value_heads": 32},
+        fixed=UNBIASED | UNWINDOWED,
+    ),
+    Family(
+        "smollm3",
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        mixers={FULL: attention(), NOPE: attention(rope=False)},
+        feeds={DENSE: SWIGLU},
+        kinds=NoRope(FULL),
+        fields=DENSE_FIELDS,
+        absent=TIED | {"rope_theta": 2e6, "num_key_value_heads": 4},
+        fixed=UNBIASED_MLP | UNWINDOWED,
+    ),
+    Family(
+        "chameleon",
+        "chameleon",
+        "ChameleonForConditionalGeneration",
+        mixers={FULL: attention(qk_norm=QKNormConfig(eps=CHAMELEON_EPS, kind=NormKind.layer, scope=Scope.own))},
+        feeds={DENSE: SWIGLU},
+        fields=DENSE_FIELDS,
+        rules=(Heads(dim=None, divides=True),),
+        absent=ABSENT | {"num_key_value_heads": 32},
+        fixed=UNBIASED_MLP | {"swin_norm": False},
+        extra=IMAGE_FIELDS,
+        names=hf_names.CHAMELEON,
+    ),
+]

@@ -97,11 +97,15 @@ def test_weights_start_a_fresh_run_from_a_checkpoint_and_from_its_export(tmp_pat
     assert first[0]["loss"] == pytest.approx(second[0]["loss"], rel=1e-12)
     assert first[0]["loss"] < fresh[0]["loss"] - 0.01
 
+    (exported / "tokenizer.json").write_text("carried")
     imported = tmp_path / "imported" / "step-00000000"
     command = [sys.executable, "-m", "trainer.hf", "import", str(exported), str(imported)]
     assert subprocess.run(command, cwd=ROOT).returncode == 0
     third = train(tmp_path / "third", *quiet, f"checkpoint.init={imported}")
     assert third[0]["loss"] == first[0]["loss"]
+    command = [sys.executable, "-m", "trainer.hf", "export", str(imported), str(tmp_path / "again")]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert (tmp_path / "again" / "tokenizer.json").read_text() == "carried"
 
 
 def test_the_exported_folder_gives_the_same_logits_in_transformers(tmp_path):

@@ -16,6 +16,7 @@ from trainer.record import TOKENIZER
 from trainer.start import stored_config
 from trainer.stored import read_tensors
 from zoo import hf
+from zoo.hf_files import carry, tokenizer_files
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
@@ -27,12 +28,16 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     """
     config = stored_config(checkpoint)
     tensors = read_tensors(checkpoint, under="model")
-    files = sorted((checkpoint.resolve().parent.parent / TOKENIZER).glob("*"))
+    here = checkpoint.resolve()
+    own = here / TOKENIZER  # of an imported checkpoint; that of a run lies beside its checkpoints
+    files = sorted((own if own.is_dir() else here.parent.parent / TOKENIZER).glob("*"))
     hf.write(config, tensors.__getitem__, folder=folder, tokenizer=files, replace=True)
 
 
 def import_checkpoint(folder: Path, checkpoint: Path) -> None:
     """Write the model of a Hugging Face folder as a checkpoint without optimizer, for ``checkpoint.init``.
+
+    Its tokenizer's files go into the checkpoint, from where an export takes them along.
 
     Raises:
         CheckpointError: ``checkpoint`` is no name of one, or cannot be written.
@@ -48,6 +53,10 @@ def import_checkpoint(folder: Path, checkpoint: Path) -> None:
     about = identity(config, tokenizer="")
     writer = Checkpoints(checkpoint.parent, config=settings, rank=0, world_size=1, about=about)
     writer.save(int(match[1]), state, progress={"model": plain(config)}, late=_Under("model", tensors))
+    files = tokenizer_files(folder)
+    if files:
+        (checkpoint / TOKENIZER).mkdir()
+        carry(files, checkpoint / TOKENIZER)
 
 
 class _Under(Mapping[str, Tensor]):

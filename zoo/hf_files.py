@@ -19,6 +19,11 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MTP_FILES = "mtp*.safetensors"
+TOKENIZER_FILES = (  # as transformers names them, its own formats and those it reads
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "tiktoken.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
 HEAD = "lm_head."
 FILE = re.compile(r"[^/\\\0]+\.safetensors")
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -193,6 +198,11 @@ def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object, indented as Hugging Face does."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that say what its tokens mean."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def carry(files: list[Path], folder: Path) -> None:

@@ -126,7 +126,7 @@ NEEDED |= {f"linear_{name}" for name in ("num_key_heads", "num_value_heads", "ke
         ("llama3_tiny", {"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647: must be at most 65536"),
         ("mixtral_tiny", {"num_local_experts": 2**31 - 1}, "num_local_experts=2147483647: must be at most 65536"),
         ("qwen3_moe_tiny", {"num_experts": 2**31 - 1}, "num_experts=2147483647: must be at most 65536"),
-        ("mixtral_tiny", {"hidden_size": 2**31 - 1}, "config.json: asks for "),
+        ("mixtral_tiny", {"hidden_size": 2**31 - 1, "vocab_size": 2**31 - 1}, "config.json: asks for "),
         ("chameleon_tiny", {"swin_norm": True}, "swin_norm=true: must be false"),
         ("chameleon_tiny", {"architectures": ["ChameleonModel"]}, 'must be ["ChameleonForConditionalGeneration"]'),
     ],

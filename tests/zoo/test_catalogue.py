@@ -32,6 +32,12 @@ def test_a_comment_names_the_model_what_is_unusual_and_the_source(name):
     assert not [each for each in (said.name, *said.unusual, said.source, *said.remarks) if each != each.strip()]
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_of_a_model_is_left_out_is_no_part_of_what_is_unusual(name):
+    said = text(name)
+    assert "vision tower" not in " ".join([said.name, *said.unusual, said.source])
+
+
 def test_a_comment_is_taken_apart():
     said = read_comment(
         "A 3.5 7B, text only: plain; so is 1.2. And tied. Sun et al. 2019; arXiv 1, table 2.1. Big. Old."

@@ -1,6 +1,7 @@
 """``python -m zoo``: all models in a table, one in depth, both for programs, and the page that is made of them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from models import PUBLISHED, SHIPPED, compose
 
 from zoo import catalogue, page
 from zoo.__main__ import main
+from zoo.card import amount, gigaflops, kibibytes
 from zoo.count import flops_per_token, kv_bytes_per_token, parameters
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +42,48 @@ def test_the_table_has_every_model_and_fits(capsys, monkeypatch, columns):
     assert all(each in row for each in ("671.0B", "37.6B", "68.6 KiB", "261 G"))
     text = " ".join(" ".join(lines).split())
     assert "arXiv" in text and "training" in text
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Of each model what the table must say: parameters, active, cache, FLOPs."""
+    numbers = {}
+    for name in SHIPPED:
+        config = compose(name)
+        cache, flops = kv_bytes_per_token(config, value_bytes=2), flops_per_token(config, seq_len=4096).total
+        numbers[name] = [*map(amount, (parameters(config).total, parameters(config).active))]
+        numbers[name] += [kibibytes(cache), gigaflops(flops)]
+    return numbers
+
+
+@pytest.mark.parametrize("columns", [130, 95, 94, 74, 73, 60, 20, 1, 0])
+def test_the_table_has_every_number_however_narrow(capsys, monkeypatch, counted, columns):
+    out = said(capsys, monkeypatch, "--tiny", columns=columns)
+    assert max(map(len, out.splitlines())) <= (columns or 80)
+    out = "".join(out.split())
+    for name, numbers in counted.items():
+        in_lines = zip(("parameters", "active", "cache/token", "trainingFLOPs/token"), numbers, strict=True)
+        rows = [name + "".join(numbers), name + "".join(heading + number for heading, number in in_lines)]
+        assert any(row.replace(" ", "") in out for row in rows), name
+    assert all(f"{name}unpublished" in out or f"{name}parametersunpublished" in out for name in STAND_INS)
+
+
+def test_a_narrow_table_is_a_line_for_each_number(capsys, monkeypatch):
+    lines = said(capsys, monkeypatch, columns=40).splitlines()
+    at = lines.index("llama4_scout")
+    numbers = ["parameters 107.8B", "active 17.2B", "cache/token 192.0 KiB", "training FLOPs/token 103 G"]
+    assert lines[at + 1 : at + 5] == numbers and lines[at + 5].startswith("Three layers")
+
+
+@pytest.mark.parametrize("columns", [60, 59, 20, 1, 0])
+@pytest.mark.parametrize("name", ["deepseek_v3_671b", "gpt4o_standin"])
+def test_a_card_has_every_word_however_narrow(capsys, monkeypatch, name, columns):
+    def characters(width):
+        out = said(capsys, monkeypatch, name, columns=width)
+        assert max(map(len, out.splitlines())) <= (width or 80)
+        return sorted("".join(out.split()))
+
+    assert characters(columns) == characters(1000)
 
 
 def test_small_sizes_are_listed_on_request(capsys, monkeypatch):
@@ -114,6 +158,62 @@ def test_an_unknown_name_is_one_line_with_close_ones(capsys, word, close):
     out, err = capsys.readouterr()
     assert not out and err.startswith(f"error: {word}: is not in the zoo") and close in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "first"),
+    [
+        ("gpt4o", "gpt4o_standin"), ("GPT-4o", "gpt4o_standin"), ("GPT-2.124M", "gpt2_124m"),
+        ("Llama-3-8B", "llama3_8b"), ("Claude-3.5-Sonnet", "claude35_standin"), ("deepseek-v3", "deepseek_v3_671b"),
+        ("gemini 1.5", "gemini_standin"),
+    ],
+)  # fmt: skip
+def test_other_spellings_of_a_name_suggest_it_first(capsys, word, first):
+    assert main([word]) == 2
+    assert re.search(r"did you mean (\w+)", capsys.readouterr().err)[1] == first
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["a", "b"], "NAME=a b: must be one architecture; python -m zoo lists them"),
+        (["--jsn"], "--jsn: must be one of --tiny, --json, --markdown, --help; did you mean --json?"),
+        (["llama3_8b", "--zzzzz=3"], "--zzzzz=3: must be one of --tiny, --json, --markdown, --help"),
+        (["--markdown"], "--markdown: expected one argument; python -m zoo --help shows what is allowed"),
+        (["--json=a\nb"], "--json: ignored explicit argument 'a\\nb'; python -m zoo --help shows what is allowed"),
+        (["a\nb"], "a b: is not in the zoo; python -m zoo lists them"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(capsys, words, line):
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"error: {line}\n")
+
+
+def python_m_zoo(*words, **settings):
+    return subprocess.run([sys.executable, "-m", "zoo", *words], cwd=ROOT, timeout=60, **settings)
+
+
+def test_a_console_of_ascii_gets_all_that_it_can_show():
+    def shown(encoding, *words):
+        surroundings = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "90"}
+        ended = python_m_zoo(*words, capture_output=True, env=surroundings)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+        return ended.stdout.decode(encoding)
+
+    assert "…" in shown("utf-8") and shown("ascii") == shown("utf-8").encode("ascii", "replace").decode()
+    assert json.loads(shown("ascii", "llama4_maverick", "--json"))["unusual"].count("…") == 2
+
+
+@pytest.mark.parametrize("words", [[], ["llama3_8b"], ["--json"]])
+def test_a_reader_that_goes_away_is_no_error(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = python_m_zoo(*words, stdout=writer, stderr=subprocess.PIPE)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_a_name_like_no_other_is_one_line(capsys):

@@ -46,7 +46,13 @@ class Checkpoints:
         self.about = json.loads(json.dumps(about))
 
     def save(
-        self, step: int, state: dict[str, Any], *, progress: dict[str, Any], late: Mapping[str, Tensor] | None = None
+        self,
+        step: int,
+        state: dict[str, Any],
+        *,
+        progress: dict[str, Any],
+        late: Mapping[str, Tensor] | None = None,
+        files: Mapping[str, Path] | None = None,
     ) -> Path:
         """Store the state after ``step`` updates, then delete what ``keep`` no longer wants (collective, all ranks).
 
@@ -57,6 +63,7 @@ class Checkpoints:
             progress: what else the run needs to go on, as JSON; rank 0's is stored.
             late: values of tensors of ``state`` that lie on the meta device, by dotted name; each is asked for when
                 its turn comes, so that not all have to be in memory.
+            files: to copy beside the tensors, by path in the ``step-…`` folder.
 
         Returns:
             The ``step-…`` folder.
@@ -70,10 +77,11 @@ class Checkpoints:
         progress = json.loads(json.dumps(progress))
         doing = f"write checkpoint {target}"
         try:
-            self.ranks.first(lambda: self._prepare(partial), doing=doing)
+            files = files or {}
+            self.ranks.first(lambda: self._prepare(partial, files), doing=doing)
             alone = self.ranks.world_size == 1
             self.ranks.each(lambda: stored.save(partial, tensors, alone=alone, late=late), doing=doing)
-            parts = self.ranks.gather(lambda: (self._fingerprint(partial), values), doing=doing)
+            parts = self.ranks.gather(lambda: (self._fingerprint(partial, files), values), doing=doing)
             facts = Manifest(
                 step=step,
                 about=self.about,
@@ -183,11 +191,18 @@ class Checkpoints:
         found = {path: int(match[1]) for path, match in steps.items() if match is not None}
         return sorted((path for path in found if found[path] > past), key=lambda path: -found[path])
 
-    def _prepare(self, partial: Path) -> None:
-        """Make the folder to write to."""
+    def _prepare(self, partial: Path, files: Mapping[str, Path]) -> None:
+        """Make the folder to write to, and copy files into it, down to the disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
         partial.mkdir()
+        for name, source in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            with source.open("rb") as read, (partial / name).open("xb") as write:
+                shutil.copyfileobj(read, write)
+                write.flush()
+                os.fsync(write.fileno())
+            sync_folder((partial / name).parent)
 
     def _tidy(self, step: int) -> None:
         """Do what a killed run left undone, and set aside what is past the step that a run starts from."""
@@ -202,10 +217,10 @@ class Checkpoints:
             if re.fullmatch(r"\.step-\d{8,}\.(tmp|old)", path.name):
                 _delete(path)
 
-    def _fingerprint(self, partial: Path) -> dict[str, manifest.FileRecord]:
+    def _fingerprint(self, partial: Path, files: Mapping[str, Path]) -> dict[str, manifest.FileRecord]:
         """Records of the files that this rank wrote: DCP calls them ``__<rank>_<n>.distcp``."""
         names = [path.name for path in partial.glob(f"__{self.ranks.rank}_*")]
-        return manifest.fingerprint(partial, names=names + [stored.CONTENTS] * (self.ranks.rank == 0))
+        return manifest.fingerprint(partial, names=names + [stored.CONTENTS, *files] * (self.ranks.rank == 0))
 
     def _publish(self, facts: Manifest, *, partial: Path, target: Path) -> None:
         """Write the manifest and give the folder its name."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from trainer import manifest
 from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig
 from trainer.identity import identity, plain
@@ -16,7 +17,7 @@ from trainer.record import TOKENIZER
 from trainer.start import stored_config
 from trainer.stored import read_tensors
 from zoo import hf
-from zoo.hf_files import carry, tokenizer_files
+from zoo.hf_files import tokenizer_files
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
@@ -24,39 +25,41 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
 
     Raises:
         CheckpointError: the checkpoint is not whole.
-        HFError: transformers has no class for the model, or the folder is occupied.
+        HFError: transformers has no class for the model, or the folder holds what no export writes.
     """
     config = stored_config(checkpoint)
     tensors = read_tensors(checkpoint, under="model")
     here = checkpoint.resolve()
     own = here / TOKENIZER  # of an imported checkpoint; that of a run lies beside its checkpoints
     files = sorted((own if own.is_dir() else here.parent.parent / TOKENIZER).glob("*"))
-    hf.write(config, tensors.__getitem__, folder=folder, tokenizer=files, replace=True)
+    tokens = manifest.read(checkpoint).progress.get("tokens", {})  # of an imported one
+    hf.write(config, tensors.__getitem__, folder=folder, tokenizer=files, replace=True, **tokens)
 
 
 def import_checkpoint(folder: Path, checkpoint: Path) -> None:
     """Write the model of a Hugging Face folder as a checkpoint without optimizer, for ``checkpoint.init``.
 
-    Its tokenizer's files go into the checkpoint, from where an export takes them along.
+    Its tokenizer's files and the tokens that begin and end a text go into the checkpoint, from where an export takes
+    them along.
 
     Raises:
-        CheckpointError: ``checkpoint`` is no name of one, or cannot be written.
+        CheckpointError: ``checkpoint`` is no name of one, is there already, or cannot be written.
         HFError: the folder is damaged or holds what the zoo does not build.
     """
     match = re.fullmatch(r"step-(\d{8,})", checkpoint.name)
     if match is None:
         raise CheckpointError(f"{checkpoint}: the name must be step- and eight digits, such as step-00000000")
+    if checkpoint.exists() or checkpoint.is_symlink():
+        raise CheckpointError(f"{checkpoint}: exists: must be a new folder")
     config = hf.read_config(folder)
+    progress = {"model": plain(config), "tokens": hf.token_ids(folder)}
+    files = {f"{TOKENIZER}/{file.name}": file for file in tokenizer_files(folder)}
     tensors = hf.tensors(folder, config=config)
     state = {"model": {name: tensors.empty(name) for name in tensors}}
     settings = CheckpointConfig(every=0, keep=0, resume="never", init=None)
     about = identity(config, tokenizer="")
     writer = Checkpoints(checkpoint.parent, config=settings, rank=0, world_size=1, about=about)
-    writer.save(int(match[1]), state, progress={"model": plain(config)}, late=_Under("model", tensors))
-    files = tokenizer_files(folder)
-    if files:
-        (checkpoint / TOKENIZER).mkdir()
-        carry(files, checkpoint / TOKENIZER)
+    writer.save(int(match[1]), state, progress=progress, late=_Under("model", tensors), files=files)
 
 
 class _Under(Mapping[str, Tensor]):

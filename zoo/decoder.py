@@ -69,8 +69,14 @@ class Decoder(nn.Module):
 
         Returns:
             Logits (B, T, V); with an objective, (1 + depths,) summed losses: main, then each depth.
+
+        Raises:
+            ValueError: more tokens than learned positions.
         """
         if positions is None:
+            if self.positions is not None and tokens.shape[1] > self.config.context:
+                limit = f"at most model.context ({self.config.context})"
+                raise ValueError(f"tokens of length {tokens.shape[1]}: must be {limit}, which has learned positions")
             positions = positions_within(tokens if documents is None else documents, split=documents is not None)
         x = self._embed(tokens)
         if self.positions is not None:

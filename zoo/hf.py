@@ -5,11 +5,13 @@ ours. What is a family's own is one row of a table: ``hf_dense.py``, ``hf_sparse
 """
 
 import dataclasses
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +42,11 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Decoder:
     stored = tensors(folder, config=config)
     with torch.device("meta"), _default_dtype(torch.promote_types(dtype or torch.float32, torch.float32)):
         model = Decoder(config)
-    buffers = dict(model.named_buffers())
+    buffers = {name for name, _ in model.named_buffers()}
     state = {}
     for name, tensor in stored.items():
         wanted = tensor.dtype if dtype is None else dtype
-        state[name] = tensor.to(buffers[name].dtype if name in buffers else wanted)
+        state[name] = tensor.to(torch.promote_types(wanted, torch.float32) if name in buffers else wanted)
     model.load_state_dict(state, assign=True)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -59,7 +61,7 @@ def save(
     *,
     tokenizer: Sequence[str | Path] | None = None,
     bos: int | None = None,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     replace: bool = False,
 ) -> None:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads; see ``write`` for arguments and errors.
@@ -94,6 +96,23 @@ def read_config(folder: str | Path) -> ModelConfig:
     return config
 
 
+def token_ids(folder: str | Path) -> dict[str, Any]:
+    """What ``config.json`` gives as the tokens that begin and end a text, for ``write``: ``bos`` and ``eos``.
+
+    Raises:
+        HFError: one is no number of a token.
+    """
+    path = Path(folder) / CONFIG
+    raw = read_json(path)
+    found = {"bos": raw.get("bos_token_id"), "eos": raw.get("eos_token_id")}
+    for name, value in found.items():
+        each = value if isinstance(value, list) and name == "eos" else [] if value is None else [value]
+        if any(type(token) is not int for token in each):
+            allowed = "a token's number" + ", or a list of them" * (name == "eos")
+            raise HFError(f"{path}: {name}_token_id={json.dumps(value)}: must be {allowed}")
+    return found
+
+
 def tensors(folder: str | Path, *, config: ModelConfig) -> "Tensors":
     """The tensors of a folder by our names, each read when it is asked for.
 
@@ -110,7 +129,7 @@ def write(
     folder: str | Path,
     tokenizer: Sequence[str | Path] | None = None,
     bos: int | None = None,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -122,8 +141,8 @@ def write(
         folder: new or empty.
         tokenizer: files to copy beside the weights.
         bos: token that begins a text, for ``config.json``; None: null.
-        eos: token that ends one.
-        replace: whether a folder of this kind that is already there gives way.
+        eos: token that ends one, or several that do.
+        replace: whether a folder that holds nothing but what we write gives way.
         shard_bytes: most bytes of a file.
 
     Raises:
@@ -132,7 +151,8 @@ def write(
     fields = render(config)
     dtype = get("embed.weight").dtype
     fields |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None, "dtype": dtype_name(dtype)}
-    with whole_folder(Path(folder), replace=replace) as fresh:
+    files = [Path(file) for file in tokenizer or ()]
+    with whole_folder(Path(folder), replace=replace, carried=[file.name for file in files]) as fresh:
         main = Shards(fresh, "model", limit=shard_bytes)
         aside = not mtp_passed_over(config)
         mtp = Shards(fresh, "mtp", limit=shard_bytes) if aside else main
@@ -151,7 +171,7 @@ def write(
             mtp.finish()
         if len(set(listed.values())) > 1:
             write_json(fresh / INDEX, {"metadata": {"total_size": main.total}, "weight_map": listed})
-        carry([Path(file) for file in tokenizer or ()], fresh)
+        carry(files, fresh)
         write_json(fresh / CONFIG, fields)
 
 

@@ -7,6 +7,8 @@ A family without a class there has a layout of our own: our config under the key
 
 import copy
 import dataclasses
+import json
+from enum import Enum
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -32,6 +34,10 @@ WHOLE = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mistral3": "mistral"
 """Types with a vision tower, and those of their text models."""
 NULLABLE = ("sliding_window", "q_lora_rank", "num_key_value_heads")
 """Fields where null is not the same as absent: no window, no low rank, as many heads as queries have."""
+UNSET = ("rope_parameters",)
+"""Fields where it is, although the class has a value for absence."""
+EVERY: dict[str, object] = {"is_causal": True}
+"""Fields that transformers looks at in all families, and the one value that the zoo builds."""
 MOST_PARTS = 2**16
 """Layers, and experts of a layer: each has a name of its own, and more would fill the memory before files are read."""
 MOST_PARAMETERS = 2**59
@@ -49,10 +55,12 @@ def parse(raw: dict[str, Any], *, source: str) -> ModelConfig:
     if raw.get("model_type") == OWN_TYPE:
         return _parse_own(fields)
     family = _family_of(fields)
+    fixed = EVERY | family.fixed
+    _check_nulls(fields, family.absent | fixed)
     taken = {key: value for key, value in family.absent.items() if raw.get(key) is None}
     nulls = {key: None for key in NULLABLE if key in raw and raw[key] is None}
     fields = Fields(raw | taken | nulls, source=source)
-    for key, only in family.fixed.items():
+    for key, only in fixed.items():
         fields.fixed(key, only, absent=only)
     try:
         config = _read(fields, family)
@@ -79,7 +87,8 @@ def render(config: ModelConfig) -> dict[str, Any]:
         raise HFError(f"model.family={config.family}: must be one of {allowed} for a Hugging Face folder")
     family = BY_NAME[config.family]
     _check_class(config, family)
-    raw: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type, "use_cache": True}
+    raw: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    raw["use_cache"] = any(layer.deltanet is None for layer in config.layers)  # theirs counts tokens by one of those
     raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # a class has its own, and pads with one
     for path, key in family.fields.items():
         value = _value(config, path)
@@ -108,6 +117,14 @@ def _family_of(fields: Fields) -> Family:
     if fields.raw.get("architectures") not in (None, [family.architecture]):
         raise fields.fault("architectures", f'["{family.architecture}"]')
     return family
+
+
+def _check_nulls(fields: Fields, absent: dict[str, object]) -> None:
+    """Refuse null for a field whose absence means a value: transformers takes it for false or none, or refuses it."""
+    for key, value in absent.items():
+        null = key in fields.raw and fields.raw[key] is None
+        if null and value and key not in (*NULLABLE, *UNSET):
+            raise fields.fault(key, f"absent, which means {json.dumps(value)}, or have a value")
 
 
 def _read(fields: Fields, family: Family) -> ModelConfig:
@@ -142,6 +159,8 @@ def _read_mtp(fields: Fields, family: Family) -> int:
     """How many multi-token modules are declared; transformers and vLLM take one for granted."""
     if not family.names.mtp:
         return 0
+    for key in ("num_nextn_predict_layers", "num_mtp_layers"):
+        _check_nulls(fields, {key: 1})
     n_mtp = fields.whole("num_nextn_predict_layers", absent=fields.whole("num_mtp_layers", absent=1, least=0), least=0)
     if n_mtp > 1 and "{}" not in family.names.mtp_at:
         raise fields.fault("num_nextn_predict_layers", "0 or 1: there is one place for a multi-token module")
@@ -253,4 +272,13 @@ def _compare(ours: Any, theirs: Any, *, key: str, holder: str) -> None:
         for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             _compare(one, other, key=f"{key}.{place}", holder=holder)
     elif ours != theirs:
-        raise HFError(f"{key}={ours}: must be {theirs}, all that {holder} can hold")
+        raise HFError(f"{key}={_shown(ours)}: must be {_shown(theirs)}, all that {holder} can hold")
+
+
+def _shown(value: Any) -> Any:
+    """As a user writes it: a choice by its name."""
+    if isinstance(value, dict):
+        return {key: _shown(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_shown(each) for each in value]
+    return value.value if isinstance(value, Enum) else value

@@ -129,7 +129,7 @@ ROWS = [
         "MistralForCausalLM",
         mixers={FULL: attention(), SLIDING: attention(window=1)},
         feeds={DENSE: SWIGLU},
-        kinds=Windowed(),
+        kinds=Windowed(untyped=True),
         fields=DENSE_FIELDS | WINDOW,
         absent=ABSENT | {"sliding_window": 4096, "num_key_value_heads": 8},
         fixed=SILU,

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MTP_FILES = "mtp*.safetensors"
-TOKENIZER_FILES = (  # as transformers names them, its own formats and those it reads
+TOKENIZER_FILES = (  # patterns: as transformers names them, its own formats, those it reads, and code of a tokenizer
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "tiktoken.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("preprocessor_config.json", "tokenization_*.py"),
 )
 HEAD = "lm_head."
+WRITTEN = re.compile(r"(model|mtp)(-\d{5}-of-\d{5})?\.safetensors")
+"""Of weights, as ``Shards`` names them."""
 FILE = re.compile(r"[^/\\\0]+\.safetensors")
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 DTYPES = {code: dtype for dtype, code in CODES.items()}
@@ -169,19 +172,24 @@ class Shards:
 
 
 @contextmanager
-def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
+def whole_folder(folder: Path, *, replace: bool, carried: Collection[str] = ()) -> Iterator[Path]:
     """Give an empty folder beside ``folder`` that takes its name if the block ends well, and vanishes if it does not.
 
+    Args:
+        folder: new or empty.
+        replace: whether it may also be one of ours, which goes then.
+        carried: names of files that go into it beside what all such folders hold.
+
     Raises:
-        HFError: ``folder`` holds something and ``replace`` is false, or what it holds is no such folder; or the disk
-            does not take the files.
+        HFError: ``folder`` holds something and ``replace`` is false, or it holds what we would not have written; or
+            the disk does not take the files.
     """
     folder = folder.resolve()  # "." has no folder beside it, and a link is not what is replaced
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not replace:
         raise HFError(f"{folder}: exists: must be a new or empty folder")
-    if occupied and not (folder / CONFIG).is_file():
-        raise HFError(f"{folder}: has no {CONFIG}: must be a new folder, an empty one, or one to replace")
+    if occupied:
+        _check_ours(folder, carried)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
@@ -189,6 +197,7 @@ def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
             fresh.mkdir()
             yield fresh
             if occupied:
+                _check_ours(folder, carried)  # the weights took their time
                 folder.rename(Path(beside) / "old")
             fresh.rename(folder)
     except (OSError, SafetensorError) as error:
@@ -201,8 +210,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that say what its tokens mean."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    """The files of a folder that say what its tokens mean.
+
+    Raises:
+        HFError: what has such a name is no file, such as a link to nothing.
+    """
+    files = sorted(path for path in folder.iterdir() if _of_tokenizer(path))  # a glob passes over a broken link
+    for path in files:
+        if not path.is_file():
+            raise HFError(f"{path}: must be a file, or a link to one that is there")
+    return files
+
+
+def _of_tokenizer(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in TOKENIZER_FILES)
 
 
 def carry(files: list[Path], folder: Path) -> None:
@@ -219,12 +240,24 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _read_index(path: Path) -> dict[str, str]:
     """File of every key; a file is one of the same folder."""
     files = read_json(path).get("weight_map")
-    if not isinstance(files, dict):
-        raise HFError(f"{path}: weight_map={json.dumps(files)}: must be an object of keys and files")
+    if not isinstance(files, dict) or not files:
+        raise HFError(f"{path}: weight_map={json.dumps(files)}: must be an object of keys and files, of one at least")
     for key, name in files.items():
         if not isinstance(name, str) or not FILE.fullmatch(name):
             raise HFError(f"{path}: {key}={json.dumps(name)}: must be a .safetensors file of the same folder")
     return files
+
+
+def _check_ours(folder: Path, carried: Collection[str]) -> None:
+    """Refuse to delete anything but a folder of ours: the user may have named the wrong one."""
+    allowed = "must be a new folder, an empty one, or one to replace"
+    if not (folder / CONFIG).is_file():
+        raise HFError(f"{folder}: has no {CONFIG}: {allowed}")
+    for path in sorted(folder.iterdir()):
+        named = path.name in (CONFIG, INDEX, *carried) or _of_tokenizer(path)
+        ours = (named or WRITTEN.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
+        if not ours:
+            raise HFError(f"{folder}: holds {path.name}, which no export writes: {allowed}")
 
 
 def _open(path: Path) -> Any:

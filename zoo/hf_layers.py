@@ -49,8 +49,12 @@ class Alike:
 class Windowed:
     """All layers have the window ``sliding_window``, or none has."""
 
+    untyped: bool = False  # transformers takes a config with layer_types, be it null, for one of another class
+
     def read(self, fields: Fields, n_layers: int) -> list[str]:
         """Null is no window."""
+        if self.untyped and "layer_types" in fields.raw:
+            raise fields.fault("layer_types", "absent: with it transformers builds another family, Ministral")
         Alike(FULL).read(fields, n_layers)
         return [FULL if fields.raw.get("sliding_window") is None else SLIDING] * n_layers
 
@@ -69,7 +73,7 @@ class Types:
 
     def read(self, fields: Fields, n_layers: int) -> list[str]:
         """Names as given, or by the interval."""
-        interval = self.interval if self.field is None else fields.whole(self.field, absent=self.interval)
+        interval = self.interval if self.field is None else _interval(fields, self.field, absent=self.interval)
         given = types(fields, n_layers)
         if given is None:
             return [FULL if (i + 1) % interval == 0 else self.other for i in range(n_layers)]
@@ -95,7 +99,7 @@ class NoRope:
         """The kind follows from the positions; ``layer_types``, if given, must agree."""
         marks = fields.raw.get("no_rope_layers")
         if marks is None or marks == []:  # as Llama 4's released files have it
-            interval = fields.whole("no_rope_layer_interval", absent=4)
+            interval = _interval(fields, "no_rope_layer_interval", absent=4)
             marks = [int((i + 1) % interval != 0) for i in range(n_layers)]
         if not isinstance(marks, list) or len(marks) != n_layers or any(mark not in (0, 1) for mark in marks):
             raise fields.fault("no_rope_layers", f"0 or 1 for each of {n_layers} layers")
@@ -130,7 +134,7 @@ class Listed:
 
     def read(self, fields: Fields, n_layers: int) -> list[str]:
         """As listed, or by the step."""
-        step = fields.whole("interleave_moe_layer_step", absent=1)
+        step = _interval(fields, "interleave_moe_layer_step", absent=1)
         listed = fields.raw.get("moe_layers")
         if listed is None:
             listed = list(range(step - 1, n_layers, step))
@@ -151,6 +155,11 @@ def types(fields: Fields, n_layers: int) -> list[str] | None:
     if not isinstance(given, list) or len(given) != n_layers or not all(isinstance(name, str) for name in given):
         raise fields.fault("layer_types", f"one name for each of {n_layers} layers")
     return given
+
+
+def _interval(fields: Fields, key: str, *, absent: int) -> int:
+    """Every how many layers something comes; null is no such number."""
+    return fields.whole(key) if key in fields.raw else absent
 
 
 def type_of(layer: BlockConfig) -> str:

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-from zoo.config import ModelConfig
+from zoo.config import BlockConfig, ModelConfig
 from zoo.config_mixer import RopeConfig, RopeScalingConfig, Scaling
 from zoo.hf_family import Family
 from zoo.hf_fields import Fields
-from zoo.hf_layers import FULL, SLIDING
+from zoo.hf_layers import FULL, SLIDING, type_of
 
 KNOWN = {
     "default": set[str](),
@@ -16,6 +16,9 @@ KNOWN = {
     "yarn": {"factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"},
 }
 EVERYWHERE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+
+NEVER_NULL = {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "truncate"}
+"""Where null is not the same as absent: transformers takes it for false, or fails."""
 
 
 def read_rope(config: Fields, *, like: RopeConfig, kind: str, family: Family, latent: bool) -> RopeConfig:
@@ -38,6 +41,9 @@ def read_rope(config: Fields, *, like: RopeConfig, kind: str, family: Family, la
         raise fields.fault("rope_type" if "rope_type" in fields.raw else "type", f"one of {sorted(KNOWN)}")
     for key in sorted(set(fields.raw) - EVERYWHERE - KNOWN[scaled]):
         raise fields.fault(key, f"absent from rope_type {scaled}")
+    for key in sorted(NEVER_NULL & fields.raw.keys()):
+        if fields.raw[key] is None:
+            raise fields.fault(key, "absent or have a value")
     fraction = config.number("partial_rotary_factor", absent=1.0)
     fraction = fields.number("partial_rotary_factor", absent=fraction)
     if like.fraction == 1 and fraction != 1:
@@ -49,12 +55,14 @@ def read_rope(config: Fields, *, like: RopeConfig, kind: str, family: Family, la
 
 
 def write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """Fields in the older spelling, which every version of transformers reads.
+    """Fields in the older spelling, which every version of transformers reads, unless only the newer has a place.
 
     YaRN that does not act, because the context is within the original one, is left out: transformers has no such rule
     and would apply it.
     """
     raw: dict[str, Any] = {}
+    if family.local_rope and any(_scaled_window(layer, config.context) for layer in config.layers):
+        return {"rope_parameters": _nested(config)}
     for layer in config.layers:
         mixer = layer.attention or layer.mla
         if mixer is None or mixer.rope is None:
@@ -63,7 +71,7 @@ def write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
             raw.setdefault("rope_local_base_freq", mixer.rope.theta)
         elif "rope_theta" not in raw:
             raw |= _written(mixer.rope, context=config.context)
-            if mixer.rope.fraction != 1:
+            if mixer.rope.fraction != 1 or "partial_rotary_factor" in family.absent:
                 raw["partial_rotary_factor"] = mixer.rope.fraction
     if raw and raw.get("rope_scaling") is None and "rope_parameters" in family.absent:  # else it would be scaled
         raw["rope_parameters"] = {"rope_type": "default", "rope_theta": raw["rope_theta"]}
@@ -96,6 +104,25 @@ def _written(rope: RopeConfig, *, context: int) -> dict[str, Any]:
     if not scaling.truncate:
         raw["rope_scaling"]["truncate"] = False
     return raw
+
+
+def _scaled_window(layer: BlockConfig, context: int) -> bool:
+    """Whether a layer has a window and scaled positions: the older spelling scales the full layers only."""
+    attention = layer.attention
+    if attention is None or not attention.window or attention.rope is None:
+        return False
+    return not at_rest(attention.rope, context=context)
+
+
+def _nested(config: ModelConfig) -> dict[str, Any]:
+    """One object for each type of layer, of the first layer that is of it."""
+    nested: dict[str, Any] = {}
+    for layer in config.layers:
+        if layer.attention is not None and layer.attention.rope is not None:
+            flat = _written(layer.attention.rope, context=config.context)
+            scaling = flat["rope_scaling"] or {"rope_type": "default"}
+            nested.setdefault(type_of(layer), scaling | {"rope_theta": flat["rope_theta"]})
+    return nested
 
 
 def _flat(config: Fields) -> Fields:

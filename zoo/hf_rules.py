@@ -45,17 +45,19 @@ class Heads:
             part.head_dim = each if self.dim is None else fields.whole(self.dim, absent=each)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Those of the first attention layer."""
+        """Those of the first attention layer; nothing where no layer has attention."""
         if self.divides:
             _check_divides(config, first(config, "attention.n_heads"))
         paths = {self.n: "attention.n_heads", self.kv: "attention.n_kv_heads", self.dim: "attention.head_dim"}
-        return {key: first(config, path) for key, path in paths.items() if key is not None}
+        found = {key: first(config, path) for key, path in paths.items() if key is not None}
+        return {key: value for key, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class LatentHeads:
     """MLA has one number of heads, which two fields repeat."""
 
+    dim: str | None = None  # a field that would overrule how many dimensions rotate
     divides: bool = False  # the class refuses a width that n_heads does not divide
 
     def read(self, fields: Fields, part: Part) -> None:
@@ -64,6 +66,8 @@ class LatentHeads:
             part.n_heads = fields.whole("num_attention_heads")
             if fields.whole("num_key_value_heads", absent=part.n_heads) != part.n_heads:
                 raise fields.fault("num_key_value_heads", f"num_attention_heads ({part.n_heads})")
+            if self.dim in fields.raw and fields.raw[self.dim] != part.rope_dim:
+                raise fields.fault(self.dim, f"absent or qk_rope_head_dim ({part.rope_dim})")
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Both."""

@@ -80,7 +80,7 @@ ROWS = [
         feeds={DENSE: SWIGLU, MOE: SHARED_BIASED},
         feed_kinds=FirstDense(),
         fields=DENSE_FIELDS | LATENT | DEEPSEEK_MOE | GROUPS | {"mla.rope.interleaved": "rope_interleave"},
-        rules=(LatentHeads(), SharedExperts()),
+        rules=(LatentHeads(dim="head_dim"), SharedExperts()),
         absent=ABSENT
         | {"q_lora_rank": 1536, "norm_topk_prob": True, "rope_interleave": True, "num_key_value_heads": 128},
         fixed=UNBIASED | {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from models import compose, randomized
 
@@ -38,3 +39,14 @@ def test_depths_that_are_not_asked_for_are_not_run():
     none = model(tokens, objective=Objective(tokens, ahead[:, :0], ahead[:, :0], None, loss))
     assert every.shape == (3,)
     assert torch.equal(every[:2], first) and torch.equal(every[:1], none)
+
+
+def test_more_tokens_than_learned_positions_are_refused_in_one_line():
+    model = randomized(compose("gpt2_tiny", context=8), seed=0)
+    tokens = torch.randint(0, 256, (2, 9))
+    assert model(tokens[:, :8]).shape[1] == 8
+    with pytest.raises(ValueError, match=r"^tokens of length 9: must be at most model.context \(8\), which has .*$"):
+        model(tokens)
+    places = torch.arange(9).remainder(5).expand(2, 9)
+    assert model(tokens, positions=places).shape[1] == 9  # whoever gives positions answers for them
+    assert randomized(compose("llama3_tiny", context=8), seed=0)(tokens).shape[1] == 9

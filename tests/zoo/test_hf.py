@@ -153,6 +153,16 @@ def test_a_dtype_is_taken_or_kept_and_router_biases_stay_wide(tmp_path, dtype):
     assert {buffer.dtype for buffer in again.buffers()} == {wide}
 
 
+def test_router_biases_that_are_stored_wider_stay_so(tmp_path):
+    ours = randomized(small("deepseek_v3_tiny"), seed=0).double()
+    for name, buffer in ours.named_buffers():
+        if name.endswith("balance_bias"):
+            buffer += 1e-12  # lost in fp32
+    hf.save(ours, tmp_path / "out")
+    assert_same_state(hf.load(tmp_path / "out"), ours)
+    assert {buffer.dtype for buffer in hf.load(tmp_path / "out", dtype=torch.bfloat16).buffers()} == {torch.float32}
+
+
 def test_bf16_is_loaded_as_bf16_by_transformers(tmp_path):
     config = small("llama3_tiny")
     hf.save(randomized(config, seed=0).to(torch.bfloat16), tmp_path / "out")

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from zoo import hf
 from zoo.config import expanded
+from zoo.config_mixer import RopeScalingConfig, Scaling
 from zoo.decoder import Decoder
 from zoo.hf_config import parse, render
 
@@ -94,6 +95,16 @@ NEEDED |= {f"linear_{name}" for name in ("num_key_heads", "num_value_heads", "ke
         ("llama3_tiny", {"hidden_size": "wide"}, 'hidden_size="wide": must be a whole number'),
         ("llama3_tiny", {"hidden_size": None}, "hidden_size=null: must be a whole number"),
         ("llama3_tiny", {"num_key_value_heads": 3}, "attention.n_kv_heads=3: must be a divisor of n_heads (8)"),
+        ("llama3_tiny", {"is_causal": False}, "is_causal=false: must be true"),
+        ("gpt2_tiny", {"is_causal": None}, "is_causal=null: must be absent, which means true"),
+        ("deepseek_v3_tiny", {"norm_topk_prob": None}, "norm_topk_prob=null: must be absent, which means true"),
+        ("deepseek_v3_tiny", {"rope_interleave": None}, "rope_interleave=null: must be absent, which means true"),
+        ("deepseek_v3_tiny", {"num_nextn_predict_layers": None}, "num_nextn_predict_layers=null: must be absent"),
+        ("deepseek_v3_tiny", {"head_dim": 8}, "head_dim=8: must be absent or qk_rope_head_dim ("),
+        ("deepseek_v3_tiny", {"head_dim": None}, "head_dim=null: must be absent or qk_rope_head_dim ("),
+        ("deepseek_v2_tiny", {"topk_method": None}, 'topk_method=null: must be absent, which means "greedy"'),
+        ("llama4_scout_tiny", {"attention_chunk_size": None}, "attention_chunk_size=null: must be absent, which means"),
+        ("glm45_tiny", {"partial_rotary_factor": None}, "partial_rotary_factor=null: must be absent, which means 0.5"),
         ("qwen3_tiny", {"use_sliding_window": True}, "use_sliding_window=true: must be false"),
         ("deepseek_v3_tiny", {"scoring_func": "softmax"}, 'scoring_func="softmax": must be "sigmoid"'),
         ("deepseek_v3_tiny", {"topk_method": "greedy"}, 'topk_method="greedy": must be "noaux_tc"'),
@@ -137,6 +148,34 @@ def test_a_config_that_the_zoo_does_not_build_is_refused(tmp_path, name, changes
         hf.read_config(tmp_path)
     assert message in str(caught.value)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_family_refuses_attention_to_what_follows():
+    for name in TINY:
+        assert parse(rendered(name) | {"is_causal": True}, source="config.json") == parse(rendered(name), source="")
+        with pytest.raises(hf.HFError, match="is_causal=false: must be true"):
+            parse(rendered(name) | {"is_causal": False}, source="config.json")
+
+
+def test_a_null_that_transformers_takes_for_false_or_none_is_read_so():
+    for name, key in (("deepseek_v2_tiny", "norm_topk_prob"), ("qwen3_moe_tiny", "mlp_only_layers")):
+        assert parse(rendered(name) | {key: None}, source="config.json") == parse(rendered(name), source="config.json")
+
+
+def test_the_rotating_part_may_be_said_twice():
+    raw = rendered("deepseek_v3_tiny")
+    assert parse(raw | {"head_dim": raw["qk_rope_head_dim"]}, source="") == parse(raw, source="")
+
+
+def test_a_choice_is_named_as_a_user_writes_it():
+    config = compose("mistral_tiny")
+    scaled = copy.deepcopy(config.blocks["dense"])
+    assert scaled.attention is not None and scaled.attention.rope is not None
+    scaled.attention.rope.scaling = RopeScalingConfig(kind=Scaling.linear, factor=2.0)
+    mixed = replace(config, blocks=config.blocks | {"scaled": scaled}, cycle=["dense", "scaled"])
+    message = r"layers.1.attention.rope.scaling={'kind': 'linear', 'factor': 2.0, .*}: must be None, all that Mistral"
+    with pytest.raises(hf.HFError, match=message):
+        render(mixed)
 
 
 @pytest.mark.parametrize("name", TINY)

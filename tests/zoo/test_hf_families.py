@@ -229,3 +229,17 @@ def refused(folder: Path, message: str) -> None:
         hf.load(folder)
     assert message in str(caught.value), str(caught.value)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_model_without_attention_survives_where_its_class_has_none_to_ask_for(tmp_path):
+    config = drawn("qwen3_next", 0)
+    linear = next(kind for kind in config.kinds if config.blocks[kind].deltanet is not None)
+    config = dataclasses.replace(config, prefix=[], cycle=[linear])
+    ours = randomized(config, seed=0)
+    hf.save(ours, tmp_path / "out")
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not raw.keys() & {"num_attention_heads", "num_key_value_heads", "head_dim"}
+    theirs, report = pretrained(tmp_path / "out", config)
+    assert not any(report.values())
+    torch.testing.assert_close(logits(ours, config), logits(theirs, config), rtol=1e-4, atol=1e-4)
+    assert_same_state(hf.load(tmp_path / "out").state_dict(), ours.state_dict())

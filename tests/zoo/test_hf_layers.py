@@ -107,7 +107,20 @@ def test_the_shortest_prefix_and_cycle_are_found():
         ("llama4_scout_tiny", {"attention_chunk_size": 0}, "attention_chunk_size=0: must be a whole number from 1"),
         ("llama4_scout_tiny", {"moe_layers": [4]}, "moe_layers=[4]: must be a list of layers from 0 to 3"),
         ("mistral_tiny", {"sliding_window": 0}, "sliding_window=0: must be a whole number from 1"),
-        ("mistral_tiny", {"layer_types": ["sliding_attention"] * 4}, "must be full_attention in every layer"),
+        ("mixtral_tiny", {"layer_types": ["sliding_attention"] * 4}, "must be full_attention in every layer"),
+        (
+            "mistral_tiny",
+            {"layer_types": ["full_attention"] * 4},
+            "must be absent: with it transformers builds another",
+        ),
+        (
+            "mistral_tiny",
+            {"layer_types": None},
+            "layer_types=null: must be absent: with it transformers builds another",
+        ),
+        ("gemma3_tiny", {"layer_types": None, "sliding_window_pattern": None}, "sliding_window_pattern=null: must be"),
+        ("smollm3_tiny", {"no_rope_layers": None, "no_rope_layer_interval": None}, "no_rope_layer_interval=null: must"),
+        ("llama4_scout_tiny", {"moe_layers": None, "interleave_moe_layer_step": None}, "moe_layer_step=null: must be"),
     ],
 )
 def test_layers_that_the_zoo_does_not_build_are_refused(name, changes, message):

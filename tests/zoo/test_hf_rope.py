@@ -86,6 +86,29 @@ def test_gemma_has_rotary_fields_of_both_types_of_layer_in_both_spellings():
         parse(newer | {"rope_parameters": {"rope_theta": 5}}, source="config.json")
 
 
+@pytest.mark.parametrize("scaling", [{"rope_type": "linear", "factor": 2.0}, None])
+def test_gemma_with_scaled_windows_survives_in_the_newer_spelling(scaling):
+    raw = {key: value for key, value in render(compose("gemma3_tiny")).items() if "rope" not in key}
+    sliding = {"rope_type": "linear", "factor": 4.0, "rope_theta": 77.0}
+    full = (scaling or {"rope_type": "default"}) | {"rope_theta": 5e5}
+    raw["rope_parameters"] = {"full_attention": full, "sliding_attention": sliding}
+    config = read(raw)
+    assert [rope_of(config, i).scaling is None for i in (0, 5)] == [False, scaling is None]
+    written = render(config)
+    assert written["rope_parameters"] == raw["rope_parameters"]
+    assert not written.keys() & {"rope_theta", "rope_scaling", "rope_local_base_freq"}
+    assert read(written).layers == config.layers
+
+
+@pytest.mark.parametrize("name", ["glm45_tiny", "qwen3_next_tiny"])
+def test_a_head_that_turns_whole_says_so_where_its_class_would_turn_a_part(name):
+    raw = render(compose(name)) | {"partial_rotary_factor": 1.0}
+    config = read(raw)
+    assert rope_of(config, -1).fraction == 1.0
+    assert render(config)["partial_rotary_factor"] == 1.0
+    assert rope_of(read(render(config)), -1).fraction == 1.0
+
+
 def test_gpt_oss_is_scaled_unless_it_says_otherwise():
     scaled = render(compose("gpt_oss_tiny"))
     assert scaled["rope_scaling"]["truncate"] is False and "mscale" not in scaled["rope_scaling"]
@@ -119,6 +142,12 @@ def test_part_of_a_head_turns_where_a_family_has_that():
         ("llama3_tiny", {"rope_scaling": {"rope_type": "default", "beta": 1}}, "beta=1: must be absent"),
         ("llama3_tiny", {"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5: must be at least 1"),
         ("llama3_tiny", {"rope_scaling": 5}, "rope_scaling=5: must be an object"),
+        ("llama3_tiny", {"rope_theta": None}, "rope_theta=null: must be absent, which means 10000.0"),
+        (
+            "gpt_oss_tiny",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "truncate": None}},
+            "rope_scaling: truncate=null: must be absent or have a value",
+        ),
         ("llama3_tiny", {"rope_theta": 10**400}, "must be a number, and finite"),
         ("llama3_tiny", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: must be 1.0"),
         ("gemma3_tiny", {"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, 'rope_type="dynamic": must be one of'),

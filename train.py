@@ -52,7 +52,7 @@ def train(run: schema.RunConfig, *, sizes: Sizes, place: World) -> None:
     streams = open_streams(run.data, rank=mesh.dp_rank, world_size=sizes.dp, **schema.rows(run))
     schema.check_vocabulary(run, tokens=streams.corpus.vocab_size)
 
-    model = build(run.model, mesh=mesh, precision=run.precision, kernel=run.parallel.kernel)
+    model = build(run.model, mesh=mesh, precision=run.precision, plan=run.parallel)
     engine = TorchEngine(model, mesh=mesh, train=t, optim_config=run.optim)
     about = identity(run.model, tokenizer=streams.corpus.fingerprint)
     ranks = {"rank": place.rank, "world_size": place.size}
@@ -65,7 +65,7 @@ def train(run: schema.RunConfig, *, sizes: Sizes, place: World) -> None:
     sampler = Sampler.of(streams.corpus.tokenizer, train=t, folder=folder / "samples", mesh=mesh)
     entropy = streams.corpus.unigram_entropy
     with Log(run.log, run_dir=folder, rank=mesh.rank, steps=t.steps, settings=settings, entropy=entropy) as log:
-        log.say(describe(model, mesh=mesh, precision=run.precision, choice=schema.chosen("model")))
+        log.say(describe(model, mesh=mesh, precision=run.precision, plan=run.parallel, choice=schema.chosen("model")))
         outputs = Outputs(metrics, log, checkpoints, sampler)
         recipe = Recipe(t, run.optim, run.schedule, dp=sizes.dp)
         Trainer(engine, mesh=mesh, state=state, streams=streams, recipe=recipe, outputs=outputs).fit()

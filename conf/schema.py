@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import DataConfig
-from parallel.config import ParallelConfig, PrecisionConfig, Sizes, accumulation, fit
+from parallel.config import ParallelConfig, PrecisionConfig, Sizes, accumulation, check_tensor, fit
 from trainer.config import CheckpointConfig, EngineConfig, LogConfig, OptimConfig, ScheduleConfig, TrainConfig
 from zoo.config import ModelConfig
 
@@ -126,11 +126,35 @@ def check(run: RunConfig, *, world_size: int) -> Sizes:
     try:
         sizes = fit(run.parallel, world_size=world_size)
         accumulation(global_batch=run.train.global_batch, micro_batch=run.train.micro_batch, dp=sizes.dp)
+        _check_tensor(run, tp=sizes.tp)
         if run.train.seq_len > run.model.context:
             raise ValueError(f"train.seq_len={run.train.seq_len}: must be at most model.context ({run.model.context})")
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return sizes
+
+
+def _check_tensor(run: RunConfig, *, tp: int) -> None:
+    """Whether ``tp`` ranks can share the model, the tokens of a row and the vocabulary.
+
+    Raises:
+        ValueError: something does not divide.
+    """
+    shared, kv_heads = {"train.seq_len": run.train.seq_len}, {}
+    for kind in dict.fromkeys(run.model.kinds):
+        block = run.model.blocks[kind]
+        parts = {name: getattr(block, name) for name in ("attention", "mla", "deltanet", "mlp", "moe")}
+        for name, part in parts.items():
+            for key in ("n_heads", "n_k_heads", "d_ff", "d_expert", "d_shared"):
+                if part is not None and key in vars(part):
+                    shared[f"model.blocks.{kind}.{name}.{key}"] = vars(part)[key]
+        if block.attention is not None:
+            kv_heads[f"model.blocks.{kind}.attention.n_kv_heads"] = block.attention.n_kv_heads
+            norm = block.attention.qk_norm
+            if tp > 1 and norm is not None and norm.scope == "width" and norm.kind != "rms":
+                key = f"model.blocks.{kind}.attention.qk_norm.kind"
+                raise ValueError(f"{key}={norm.kind}: must be rms where scope is width and parallel.tp={tp}")
+    check_tensor(tp, shared=shared, kv_heads=kv_heads, vocab_size=run.model.vocab_size)
 
 
 def chosen(group: str) -> str:

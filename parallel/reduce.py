@@ -1,13 +1,17 @@
 """Sums, norms and whole tensors across ranks: the only place that looks at a parameter as a whole."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallel.mesh import Mesh
+from parallel.tensor import SharedDecoder
 
 
 def total(x: Tensor, mesh: Mesh, *, axis: str = "dp") -> Tensor:
@@ -18,9 +22,57 @@ def total(x: Tensor, mesh: Mesh, *, axis: str = "dp") -> Tensor:
     return x
 
 
+def views(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``view`` of each of some tensors by the names of parameters; others, such as buffers, as they are."""
+    return {name: view(model, name, x) for name, x in tensors.items()}
+
+
+def view(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """A parameter, gradient or moment as one tensor over all ranks, on the same memory; no communication.
+
+    What is shared over dp_shard is a DTensor of FSDP2; what is shared over tp besides becomes one over the whole grid.
+    Both may cut dimension 0: tp's pieces come first, and each is cut by FSDP2.
+
+    Args:
+        model: a spread model.
+        name: of the parameter.
+        x: as the model, its optimizer or the backward holds it.
+    """
+    if not isinstance(model, SharedDecoder) or name not in model.shares or not x.ndim:
+        return x
+    share = model.shares[name]
+    cut: Placement = Replicate() if share.dim is None else Shard(share.dim)
+    sharded: Placement = Replicate()
+    if isinstance(x, DTensor) and isinstance(x.placements[-1], Shard):
+        dim = x.placements[-1].dim
+        sharded = _StridedShard(dim, split_factor=share.pieces) if dim == share.dim else Shard(dim)
+    shape = torch.Size(share.whole(x.shape))
+    return DTensor.from_local(
+        local(x.detach()),
+        model.grids[share.copies],
+        [Replicate(), sharded, cut, Replicate()],
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+
+
+def part(x: DTensor) -> tuple[slice, ...]:
+    """Where in the whole this rank's part lies."""
+    sizes, corner = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    return tuple(slice(first, first + n) for first, n in zip(corner, sizes, strict=True))
+
+
 def whole(x: Tensor) -> Tensor:
-    """A parameter, gradient or moment as one plain tensor (one all-gather over dp_shard when it is sharded)."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    """What ``view`` gives as one plain tensor (one all-gather for each axis that shares it)."""
+    if not isinstance(x, DTensor):
+        return x
+    # What is offloaded lies on the host, which NCCL does not reach.
+    there = cast(DTensor, x.to(x.device_mesh.device_type))
+    if any(isinstance(placement, _StridedShard) for placement in x.placements):  # by itself torch warns of two steps
+        once = [Replicate() if isinstance(placement, _StridedShard) else placement for placement in x.placements]
+        there = there.redistribute(placements=once)
+    return there.full_tensor()
 
 
 def local(x: Tensor) -> Tensor:
@@ -28,16 +80,48 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def norm(gradients: Iterable[Tensor], mesh: Mesh) -> Tensor:
-    """Euclidean norm of all gradients of the model, the same on every rank (one all-reduce over dp_shard)."""
-    squares = [torch.linalg.vector_norm(local(g), dtype=_wide(g.dtype)).square() for g in gradients]
-    return total(torch.stack(squares).sum(), mesh, axis="dp_shard").sqrt()
+def complete(model: nn.Module) -> None:
+    """Sum gradients of what several ranks of tp have, once all are there (one all-reduce over tp, one over its copies).
+
+    Each of those ranks has a part of them (``parallel/tensor.py``).
+    """
+    if not isinstance(model, SharedDecoder):
+        return
+    shared: dict[int, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        copies = model.shares[name].copies
+        if copies > 1:
+            if parameter.grad is None:  # of a bias that another rank adds
+                parameter.grad = torch.zeros_like(parameter)
+            shared.setdefault(copies, []).append(local(parameter.grad))
+    for copies in sorted(shared):
+        flat = torch.cat([gradient.flatten() for gradient in shared[copies]]).to(model.grids[copies].device_type)
+        dist.all_reduce(flat, group=model.grids[copies].get_group("tp_copy"))
+        sizes = [gradient.numel() for gradient in shared[copies]]
+        for gradient, summed in zip(shared[copies], flat.split(sizes), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+
+def norm(model: nn.Module, mesh: Mesh) -> Tensor:
+    """Euclidean norm of all gradients of the model, the same on every rank (one all-reduce over dp_shard, one over tp).
+
+    What several ranks have counts once.
+    """
+    counted = [p.grad for name, p in model.named_parameters() if p.grad is not None and _counts(model, name)]
+    squares = [torch.linalg.vector_norm(local(g), dtype=_wide(g.dtype)).square() for g in counted]
+    square = torch.stack(squares).sum().to(mesh.device)  # of what is offloaded, the host has made it
+    return total(total(square, mesh, axis="dp_shard"), mesh, axis="tp").sqrt()
+
+
+def _counts(model: nn.Module, name: str) -> bool:
+    return not isinstance(model, SharedDecoder) or model.shares[name].first
 
 
 def clip(gradients: Iterable[Tensor], *, norm: Tensor, max_norm: float) -> None:
     """Scale gradients in place so that their norm is at most ``max_norm``; no communication."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6 as in torch.nn.utils.clip_grad_norm_
-    torch._foreach_mul_([local(g) for g in gradients], factor)
+    parts = [local(g) for g in gradients]
+    torch._foreach_mul_(parts, factor.to(parts[0].device))
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor
 from parallel import reduce
 from parallel.fsdp import sync_gradients
 from parallel.mesh import Mesh
+from parallel.tensor import VocabEmbedding
 from trainer import optim
 from trainer.config import OptimConfig, TrainConfig
-from trainer.loss import cross_entropy
+from trainer.loss import Vocabulary, cross_entropy
 from trainer.stream import Batch
 from zoo.decoder import Decoder, Objective
 
@@ -50,19 +51,26 @@ class TorchEngine:
         self.model = model
         self.mesh = mesh
         self.optimizer = optim.build(model, optim_config)
-        self.loss = partial(cross_entropy, chunk=train.loss_chunk)
+        vocabulary = None
+        if isinstance(model.embed, VocabEmbedding):
+            vocabulary = Vocabulary(model.embed.lane, model.embed.first)
+        self.loss = partial(cross_entropy, chunk=train.loss_chunk, vocabulary=vocabulary)
         depths = model.config.n_mtp
         each = [train.mtp_weight / depths] * depths if depths else []
         self.weights = torch.tensor([1.0, *each], dtype=torch.float64, device=mesh.device)
 
     def forward_backward(self, batches: Sequence[Batch], counts: Counts) -> Terms:
-        """Add the gradients of every micro-batch (parameters over dp_shard, gradients over dp, losses over dp)."""
+        """Add the gradients of every micro-batch (parameters over dp_shard, gradients over dp and tp, losses over dp).
+
+        Layers that are shared over tp communicate activations besides.
+        """
         total = torch.zeros_like(counts.targets)
         for i, batch in enumerate(batches):
             sync_gradients(self.model, now=i == len(batches) - 1)
             losses = self.losses(batch, rows=counts.rows, depths=self.model.config.n_mtp) / counts.targets.clamp(min=1)
             (losses * self.weights).sum().backward()
             total += losses.detach()
+        reduce.complete(self.model)
         routers = self.model.routers().values()
         balance = sum((router.balance_value for router in routers), start=torch.zeros_like(total[0]))
         reduced = reduce.total(torch.cat([total, balance[None].to(total.dtype)]), self.mesh)
@@ -77,17 +85,23 @@ class TorchEngine:
         return self.model(batch.tokens, positions=batch.positions, documents=batch.documents, objective=objective)
 
     def update(self, *, max_norm: float) -> Tensor:
-        """Clip, step, forget the gradients; the gradient norm before clipping (norm over dp_shard)."""
-        gradients = reduce.gradients(self.model)
-        norm = reduce.norm(gradients, self.mesh)
-        reduce.clip(gradients, norm=norm, max_norm=max_norm)
+        """Clip, step, forget the gradients; the gradient norm before clipping (norm over dp_shard and tp)."""
+        norm = reduce.norm(self.model, self.mesh)
+        reduce.clip(reduce.gradients(self.model), norm=norm, max_norm=max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
     def state(self) -> dict[str, object]:
         """The live tensors that a checkpoint holds and is read into."""
-        return {"model": self.model.state_dict(), "optimizer": optim.state(self.model, self.optimizer)}
+        model = self.model.state_dict()  # first: it shards anew what FSDP2 has left whole after an evaluation
+        moments = optim.state(self.model, self.optimizer).items()
+        return {
+            "model": reduce.views(self.model, model),
+            "optimizer": {
+                name: {key: reduce.view(self.model, name, x) for key, x in state.items()} for name, state in moments
+            },
+        }
 
 
 def count(batches: Sequence[Batch], mesh: Mesh) -> Counts:

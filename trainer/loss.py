@@ -1,27 +1,54 @@
 """Cross-entropy of the next token without logits of all tokens at once."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from parallel.comm import Lane
 from zoo.linear import widened
 
 
-def cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, *, chunk: int, softcap: float | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which rows of the vocabulary this rank has: those from ``first`` on that its weight holds.
+
+    Attributes:
+        lane: the ranks that share it.
+        first: token of the first row.
+    """
+
+    lane: Lane
+    first: int
+
+
+def cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk: int,
+    softcap: float | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> Tensor:
     """Summed cross-entropy in nats, with gradients made chunk by chunk while each chunk's logits exist.
+
+    Where ranks share the vocabulary, two all-reduces over tp a chunk: of a number a token, then of two.
 
     Args:
         h: (N, D), states.
-        weight: (V, D), of the head.
+        weight: (V, D), of the head, or this rank's rows of it.
         targets: (N,), negative where nothing is to be predicted.
         chunk: how many tokens have logits at one time.
         softcap: logits become softcap · tanh(logits / softcap) first.
+        vocabulary: the rows that ``weight`` holds; None: all. The gradient of ``h`` is that of these rows' logits.
 
     Returns:
-        A scalar in at least fp32.
+        A scalar in at least fp32, on all ranks that share the vocabulary the same.
     """
-    return _CrossEntropy.apply(h, weight, targets, chunk, softcap, torch.is_grad_enabled())
+    return _CrossEntropy.apply(h, weight, targets, chunk, softcap, vocabulary, torch.is_grad_enabled())
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -32,7 +59,14 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: int, softcap: float | None, training: bool
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        softcap: float | None,
+        vocabulary: Vocabulary | None,
+        training: bool,
     ) -> Tensor:
         wide = torch.promote_types(h.dtype, torch.float32)
         matrix = widened(weight, h.dtype)
@@ -50,11 +84,18 @@ class _CrossEntropy(torch.autograd.Function):
             torch.mm(part, matrix.t(), out=logits)
             logs.copy_(logits)
             slope = None if softcap is None else _cap(logs, softcap)
-            torch.log_softmax(logs, dim=-1, out=logs)
-            result -= logs.gather(1, index).where(counted, 0.0).sum()
+            here = torch.ones_like(counted)
+            if vocabulary is None:
+                torch.log_softmax(logs, dim=-1, out=logs)
+                result -= logs.gather(1, index).where(counted, 0.0).sum()
+            else:
+                index, here = _own(index, rows=logs.shape[1], vocabulary=vocabulary)
+                result -= _softmax(logs, index, here, lane=vocabulary.lane).where(counted, 0.0).sum()
             if not training:
                 continue
-            logs.exp_().scatter_add_(1, index, logs.new_full(index.shape, -1.0))  # softmax, less one at the target
+            if vocabulary is None:
+                logs.exp_()
+            logs.scatter_add_(1, index, -here.to(logs.dtype))  # softmax, less one at the target
             logits.copy_(logs if slope is None else logs.mul_(slope))
             # Tokens that do not count are left out of the narrow factors, which is cheaper than out of the wide one.
             torch.mm(logits, matrix, out=d_h[start : start + chunk]).mul_(counted)
@@ -65,10 +106,28 @@ class _CrossEntropy(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         d_h, d_weight = ctx.saved_tensors
         d_h = (d_h * grads[0].to(d_h.dtype)).to(ctx.dtype)
-        return d_h, (d_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None
+        return d_h, (d_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None, None
+
+
+def _own(index: Tensor, *, rows: int, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    """Targets (n, 1) counted from this rank's first row, 0 where another has them, and whether they are here."""
+    place = index - vocabulary.first
+    here = (place >= 0) & (place < rows)
+    return place.where(here, 0), here
+
+
+def _softmax(logits: Tensor, index: Tensor, here: Tensor, *, lane: Lane) -> Tensor:
+    """Softmax in place over the rows of all ranks; its logarithm at the targets, (n, 1) (two all-reduces over tp)."""
+    largest = logits.amax(dim=1, keepdim=True)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=lane.group)
+    target = logits.sub_(largest).gather(1, index).where(here, 0.0)
+    sums = torch.cat([logits.exp_().sum(dim=1, keepdim=True), target], dim=1)
+    dist.all_reduce(sums, group=lane.group)
+    logits.div_(sums[:, :1])
+    return sums[:, 1:] - sums[:, :1].log()
 
 
 def _cap(logits: Tensor, cap: float) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.apply import fill, fill_fresh
+from parallel.reduce import views
 from trainer import manifest
 from trainer.checkpoint import Checkpoints
 from trainer.engine import TorchEngine
@@ -68,7 +69,7 @@ def fill_from(model: Decoder, folder: Path) -> None:
     def value(name: str, shape: torch.Size) -> Tensor:
         return stored[name]
 
-    fill(model.state_dict(), value)
+    fill(views(model, model.state_dict()), value)
 
 
 def stored_config(folder: Path) -> ModelConfig:

@@ -29,10 +29,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tally | None]:
         """Map (B, T, D) to (B, T, D), with what its router counted."""
-        y = self.mixer(_through(self.mixer_norm, x), context)
+        y = self._mix(_through(self.mixer_norm, x), context)
         x = x + _through(self.mixer_post_norm, y)
         y, tally = self._feed_forward(_through(self.ff_norm, x), context)
         return x + _through(self.ff_post_norm, y), tally
+
+    def _mix(self, h: Tensor, context: Context) -> Tensor:
+        y: Tensor = self.mixer(h, context)
+        return y
 
     def _feed_forward(self, h: Tensor, context: Context) -> tuple[Tensor, Tally | None]:
         y, tally = (None, None) if self.moe is None else self.moe(h, context)

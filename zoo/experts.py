@@ -1,15 +1,14 @@
 """A bank of expert feed-forwards over rows grouped by expert."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.activation import GATED, activate
-from zoo.config_ff import Activation, MoEConfig
-from zoo.linear import product_dtype
+from zoo.activation import activate
+from zoo.config_ff import MoEConfig
+from zoo.expert_loop import Looped
 
 
 class Experts(nn.Module):
@@ -21,12 +20,14 @@ class Experts(nn.Module):
 
     Attributes:
         grouped: whether all experts run in one kernel, or one after another; chosen when a model is built for a device.
+        adds_bias: whether ``down_bias`` is added, if there is one; where ranks hold parts of the sum, one of them does.
     """
 
     def __init__(self, config: MoEConfig, *, d_model: int) -> None:
         super().__init__()
         n_experts, d_expert = config.n_experts, config.d_expert
         self.grouped = False
+        self.adds_bias = True
         self.activation = config.activation
         self.gate = nn.Parameter(torch.empty(n_experts, d_expert, d_model))
         self.up = nn.Parameter(torch.empty(n_experts, d_expert, d_model))
@@ -39,16 +40,20 @@ class Experts(nn.Module):
         """Map rows (M, D) to (M, D); ``counts`` (E,) says how many rows each expert has."""
         if self.grouped:
             return self._grouped(rows, counts)
-        bank = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
+        down_bias: Tensor | None = self.down_bias
+        if down_bias is not None and not self.adds_bias:
+            down_bias = torch.zeros_like(down_bias, requires_grad=False)  # the loop has all three biases or none
+        bank = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, down_bias)
         rounded = [None if each is None else each.to(rows.dtype) for each in bank]
-        return _Looped.apply(rows, *rounded, counts.tolist(), self.activation)
+        return Looped.apply(rows, *rounded, counts, self.activation)
 
     def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
         ends = counts.cumsum(0).to(torch.int32)
         owned = None if self.gate_bias is None else ownership(ends, rows)
         gate = _plus(grouped(rows, self.gate, ends), owned, self.gate_bias)
         up = _plus(grouped(rows, self.up, ends), owned, self.up_bias)
-        return _plus(grouped(activate(gate, up, self.activation), self.down, ends), owned, self.down_bias)
+        down = grouped(activate(gate, up, self.activation), self.down, ends)
+        return _plus(down, owned, self.down_bias) if self.adds_bias else down
 
 
 def grouped_is_faster(device: torch.device, dtype: torch.dtype, *, widths: Sequence[int]) -> bool:
@@ -84,76 +89,3 @@ def _plus(y: Tensor, owned: Tensor | None, bias: Tensor | None) -> Tensor:
     if owned is None or bias is None:
         return y
     return torch.addmm(y, owned, bias.to(y.dtype))
-
-
-class _Looped(torch.autograd.Function):
-    """All experts as one node: each result is written once where it belongs, and an expert's part stays in cache.
-
-    Kept for the backward are the rows and what the two inner products gave, not what becomes of them.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        down: Tensor,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        counts: list[int],
-        activation: Activation,
-    ) -> Tensor:
-        wide, kind = product_dtype(rows.dtype, rows.device.type), GATED[activation]
-        g = rows.new_empty(rows.shape[0], gate.shape[1], dtype=wide)
-        u, y = torch.empty_like(g), torch.empty_like(rows, dtype=wide)
-        for expert, part in _parts(counts):
-            x = rows[part].to(wide)
-            _product(x, gate, gate_bias, expert, out=g[part])
-            _product(x, up, up_bias, expert, out=u[part])
-            _product(kind.arm(g[part]).mul_(kind.scale(u[part])), down, down_bias, expert, out=y[part])
-        ctx.save_for_backward(rows, gate, up, down, g, u)
-        ctx.counts, ctx.kind, ctx.biased = counts, kind, gate_bias is not None
-        return y.to(rows.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate, up, down, g, u = ctx.saved_tensors
-        wide, kind = g.dtype, ctx.kind
-        d_rows, d_gate, d_up, d_down = (torch.empty_like(each, dtype=wide) for each in (rows, gate, up, down))
-        d_biases = [each.new_empty(each.shape[:2], dtype=wide) for each in (gate, up, down)] if ctx.biased else []
-        for expert, part in _parts(ctx.counts):  # products and sums of no rows write zeros
-            x, grad = rows[part].to(wide), grads[0][part].to(wide)
-            arm, scale = kind.arm(g[part]), kind.scale(u[part])
-            torch.mm(grad.t(), arm * scale, out=d_down[expert])
-            d_h = torch.mm(grad, down[expert].to(wide))
-            d_u = kind.d_scale(arm.mul_(d_h), u[part])
-            d_g = kind.d_arm(d_h.mul_(scale), g[part])
-            torch.mm(d_g.t(), x, out=d_gate[expert])
-            torch.mm(d_u.t(), x, out=d_up[expert])
-            torch.mm(d_g, gate[expert].to(wide), out=d_rows[part]).addmm_(d_u, up[expert].to(wide))
-            for d_bias, each in zip(d_biases, (d_g, d_u, grad), strict=False):  # none without biases
-                torch.sum(each, dim=0, out=d_bias[expert])
-        found = [each.to(rows.dtype) for each in (d_rows, d_gate, d_up, d_down, *d_biases)]
-        return *found, *([] if ctx.biased else [None] * 3), None, None
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, *, out: Tensor) -> None:
-    """What one expert's matrix makes of its rows (m, d_in), into ``out`` (m, d_out), in the dtype of both."""
-    matrix = weight[expert].to(x.dtype).t()
-    if bias is None:
-        torch.mm(x, matrix, out=out)
-    else:
-        torch.addmm(bias[expert].to(x.dtype), x, matrix, out=out)
-
-
-def _parts(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """Each expert and its rows.
-
-    Example: counts 2 0 1 give rows 0:2, 2:2 and 2:3.
-    """
-    start = 0
-    for expert, count in enumerate(counts):
-        yield expert, slice(start, start + count)
-        start += count

@@ -10,18 +10,24 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """``y = x Wᵀ + b``, computed in the dtype of ``x``, whatever the dtype in which the parameters are kept."""
+    """``y = x Wᵀ + b``, computed in the dtype of ``x``, whatever the dtype in which the parameters are kept.
+
+    Attributes:
+        adds_bias: whether it does; where ranks hold parts of the sum that ``x Wᵀ`` is, one of them.
+    """
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        self.adds_bias = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, d_in) to (…, d_out)."""
+        bias = self.bias if self.adds_bias else None
         if product_dtype(x.dtype, x.device.type) is not x.dtype:
-            return _Widened.apply(x, self.weight, self.bias)
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            return _Widened.apply(x, self.weight, bias)
+        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 @cache

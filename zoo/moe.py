@@ -16,11 +16,16 @@ from zoo.router import AttachLoss, Router, Routing, Tally
 
 
 class MoE(nn.Module):
-    """S of E narrow experts for each token, chosen by a router, and a shared expert, if there is one, for all."""
+    """S of E narrow experts for each token, chosen by a router, and a shared expert, if there is one, for all.
+
+    Attributes:
+        balance_share: of the balance loss that this rank adds; below 1 where several compute it of the same tokens.
+    """
 
     def __init__(self, config: MoEConfig, *, d_model: int) -> None:
         super().__init__()
         self.scale_input = config.scale_input
+        self.balance_share = 1.0
         self.router = Router(config, d_model=d_model)
         self.dispatcher = Dispatcher()
         self.experts = Experts(config, d_model=d_model)
@@ -41,7 +46,7 @@ class MoE(nn.Module):
         balance = torch.zeros_like(self.router.balance_value)
         if context.rows is not None and self.router.config.balance_loss > 0:
             balance = self.router.balance_loss(routing.scores, rows=x.shape[0]) / context.rows
-            y = AttachLoss.apply(y, balance)
+            y = AttachLoss.apply(y, balance if self.balance_share == 1 else balance * self.balance_share)
         return y, Tally(counts, balance.detach())
 
     def _routed(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:

@@ -83,12 +83,15 @@ class _RMSNorm(torch.autograd.Function):
         scale = y.mean(-1, keepdim=True).add_(eps).rsqrt_()  # (…, 1); bit for bit that of transformers
         ctx.save_for_backward(x, weight, scale)
         ctx.offset = offset
-        torch.mul(h, scale, out=y)
+        if torch.compiler.is_compiling():  # torch.compile cannot write to what may be no contiguous tensor
+            y = h * scale
+        else:
+            torch.mul(h, scale, out=y)
         if weight is None:
             return y.to(x.dtype)
         if late_cast:
-            return y.mul_(_multiplier(weight, offset, x.dtype, wide)).to(x.dtype)
-        return y.to(x.dtype).mul_(_multiplier(weight, offset, x.dtype, x.dtype))
+            return y.mul_(multiplier(weight, offset, x.dtype, wide)).to(x.dtype)
+        return y.to(x.dtype).mul_(multiplier(weight, offset, x.dtype, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
@@ -99,7 +102,7 @@ class _RMSNorm(torch.autograd.Function):
         if weight is None:
             pull, d_weight, d_x = both.sum(-1, keepdim=True), None, grad * scales
         else:
-            w = _multiplier(weight, ctx.offset, x.dtype, wide)
+            w = multiplier(weight, ctx.offset, x.dtype, wide)
             d_weight = torch.mv(both.t(), scales[:, 0]).to(weight.dtype)
             pull = torch.mv(both, w)[:, None]  # along x, from the mean square
             d_x = torch.mul(grad, w, out=both).mul_(scales)
@@ -107,7 +110,7 @@ class _RMSNorm(torch.autograd.Function):
         return d_x.to(x.dtype).view(x.shape), d_weight, None, None, None
 
 
-def _multiplier(weight: Tensor, offset: float, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
+def multiplier(weight: Tensor, offset: float, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
     """What multiplies: the weight rounded to ``dtype``, as a plan that gathers it so sees it, widened, plus offset."""
     w = weight.to(dtype).to(wide)
     return w + offset if offset else w

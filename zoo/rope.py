@@ -64,6 +64,10 @@ def _pairs(x: Tensor, *, interleaved: bool) -> tuple[Tensor, ...]:
 
 def _turn(pairs: tuple[Tensor, ...], out: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> None:
     """Write the rotated pairs to ``out``."""
+    if torch.compiler.is_compiling():  # torch.compile cannot write products to views, and makes one pass of this
+        out[0].copy_(pairs[0] * cos - pairs[1] * sin)
+        out[1].copy_(pairs[1] * cos + pairs[0] * sin)
+        return
     torch.mul(pairs[0], cos, out=out[0]).addcmul_(pairs[1], sin, value=-1)
     torch.mul(pairs[1], cos, out=out[1]).addcmul_(pairs[0], sin)
 

@@ -39,6 +39,61 @@ def test_a_check_of_a_part_names_the_whole_path(override, line):
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(
+    "overrides, processes, line",
+    [
+        (["parallel.tp=3"], 3, "parallel.tp=3: must divide train.seq_len (256)"),
+        (["parallel.tp=3", "train.seq_len=240"], 3, "parallel.tp=3: must divide model.blocks.dense.mla.n_heads (4)"),
+        (["train.seq_len=25"], 2, "parallel.tp=2: must divide train.seq_len (25)"),
+        (["model.blocks.dense.mlp.d_ff=5"], 2, "parallel.tp=2: must divide model.blocks.dense.mlp.d_ff (5)"),
+        (["model.blocks.moe.moe.d_expert=63"], 2, "parallel.tp=2: must divide model.blocks.moe.moe.d_expert (63)"),
+        (["model.blocks.moe.moe.d_shared=63"], 2, "parallel.tp=2: must divide model.blocks.moe.moe.d_shared (63)"),
+        (["model.vocab_size=1"], 2, "parallel.tp=2: must leave each rank a row of model.vocab_size (1)"),
+        (["parallel.tp=0"], 2, "parallel.tp=0: must be 1 or more"),
+        (
+            [
+                "model=llama3_tiny",
+                "model.blocks.dense.attention.n_heads=9",
+                "model.blocks.dense.attention.n_kv_heads=3",
+            ],
+            2,
+            "parallel.tp=2: must divide model.blocks.dense.attention.n_heads (9)",
+        ),
+        (
+            [
+                "model=llama3_tiny",
+                "model.blocks.dense.attention.n_heads=12",
+                "model.blocks.dense.attention.n_kv_heads=6",
+            ]
+            + ["parallel.tp=4"],
+            4,
+            "parallel.tp=4: must divide model.blocks.dense.attention.n_kv_heads (6) or be a multiple of it",
+        ),
+        (
+            ["model=qwen3_next_tiny", "model.blocks.delta.deltanet.n_k_heads=1"],
+            2,
+            "parallel.tp=2: must divide model.blocks.delta.deltanet.n_k_heads (1)",
+        ),
+        (
+            ["model=olmo2_tiny", "model.blocks.dense.attention.qk_norm.kind=layer"]
+            + ["model.blocks.dense.attention.qk_norm.late_cast=false"],
+            2,
+            "model.blocks.dense.attention.qk_norm.kind=layer: must be rms where scope is width and parallel.tp=2",
+        ),
+        (["parallel.tp=2"], 3, "parallel.dp_replicate=1, parallel.tp=2: their product must divide the number of"),
+    ],
+)
+def test_what_ranks_cannot_share_is_said_by_its_key(overrides, processes, line):
+    with pytest.raises(schema.ConfigError) as caught:
+        schema.check(resolved("parallel=tp_fsdp", *overrides), world_size=processes)
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+
+def test_kinds_of_layer_that_no_layer_is_of_need_not_divide():
+    unused = ["model.prefix=[]", "model.blocks.dense.mlp.d_ff=5"]
+    assert schema.check(resolved("parallel=tp_fsdp", *unused), world_size=4).tp == 2
+
+
 def test_gradients_may_go_unclipped():
     assert resolved("train.max_norm=inf").train.max_norm == float("inf")
 

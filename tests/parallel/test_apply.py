@@ -5,9 +5,9 @@ import torch
 from models import compose
 
 from parallel.apply import build, describe
-from parallel.config import Dtype, KernelChoice, PrecisionConfig, Sizes
+from parallel.config import Dtype, KernelChoice, ParallelConfig, PrecisionConfig, Remat, Reshard, Sizes
 from parallel.kernels import choose_kernels
-from parallel.mesh import MeshError, open_mesh
+from parallel.mesh import Mesh, MeshError, open_mesh
 from zoo.decoder import Decoder
 from zoo.kernel import Kernel
 from zoo.kernel_choice import KernelName
@@ -25,8 +25,9 @@ def on_meta(name):
         return Decoder(compose(name))
 
 
-def line(model):
-    return describe(model, mesh=alone(), precision=PRECISION, choice="llama3_tiny")
+def line(model, mesh=None, **plan):
+    plan = ParallelConfig(**plan)
+    return describe(model, mesh=mesh or alone(), precision=PRECISION, plan=plan, choice="llama3_tiny")
 
 
 def chosen(model):
@@ -46,7 +47,9 @@ def test_auto_takes_the_best_kernel_of_each_layer():
 
 
 def test_a_wanted_kernel_is_taken_where_it_can():
-    model = build(compose("llama3_tiny"), mesh=alone(), precision=PRECISION, kernel=KernelChoice.plain)
+    model = build(
+        compose("llama3_tiny"), mesh=alone(), precision=PRECISION, plan=ParallelConfig(kernel=KernelChoice.plain)
+    )
     assert set(chosen(model)) == {KernelName.plain}
     assert "; attention: plain" in line(model)
 
@@ -90,3 +93,13 @@ def test_the_line_of_the_run_counts_layers_where_kernels_differ():
     assert "; attention: sdpa" in line(model)
     next(module for module in model.modules() if isinstance(module, Kernel)).chosen = KernelName.plain
     assert "; attention: sdpa in 3 layers, plain in 1 layer" in line(model)
+
+
+def test_the_line_of_the_run_says_what_the_plan_does():
+    model, two = on_meta("llama3_tiny"), Mesh(Sizes(1, 2), CPU, None, 0)
+    assert line(model).endswith("; attention: sdpa")
+    assert line(model, two).endswith("; attention: sdpa; ZeRO-3")
+    changed = line(model, two, reshard=Reshard.never, offload=True, remat=Remat.selective, compile=True)
+    assert changed.endswith(
+        "; ZeRO-2; parameters and optimizer state in the memory of the host; recompute: selective; blocks compiled"
+    )

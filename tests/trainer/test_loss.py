@@ -1,10 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from distributed import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.loss import cross_entropy
+from parallel.comm import Lane
+from trainer.loss import Vocabulary, cross_entropy
 
 
 @settings(max_examples=30, deadline=None)
@@ -43,3 +45,47 @@ def test_no_tensor_of_all_logits_is_ever_made():
         cross_entropy(h, weight, torch.randint(0, vocab, (n_tokens,)), chunk=chunk).backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest <= 2 * chunk * vocab * 4 < n_tokens * vocab * 4
+
+
+def drawn(vocab, large):
+    """States, a weight and targets, some of which do not count; large logits overflow unless the largest is taken off.
+
+    The vocabulary's last token, which may be alone on its rank, is a target.
+    """
+    generator = torch.Generator().manual_seed(vocab)
+    h = torch.randn(13, 6, generator=generator, dtype=torch.float64) * (300 if large else 1)
+    weight = torch.randn(vocab, 6, generator=generator, dtype=torch.float64)
+    targets = torch.randint(-2, vocab, (13,), generator=generator)
+    targets[5] = vocab - 1
+    return h.requires_grad_(), weight.requires_grad_(), targets
+
+
+def share(vocabs, softcap, large):
+    """The loss by a rank's rows of each vocabulary, its gradients, and the loss where nothing is trained."""
+    group = torch.distributed.group.WORLD
+    lane, results = Lane(group, group.rank(), group.size()), []
+    for vocab in vocabs:
+        h, weight, targets = drawn(vocab, large)
+        first = lane.rank * -(-vocab // lane.size)
+        rows = weight.detach()[first : first + -(-vocab // lane.size)].clone().requires_grad_()
+        shared = {"chunk": 5, "softcap": softcap, "vocabulary": Vocabulary(lane, first)}
+        loss = cross_entropy(h, rows, targets, **shared)
+        gradients = torch.autograd.grad(loss * 0.37, [h, rows])
+        with torch.no_grad():
+            results.append((loss.item(), *gradients, cross_entropy(h, rows, targets, **shared).item()))
+    return results
+
+
+@pytest.mark.parametrize("softcap, large", [(None, False), (1.5, False), (None, True)])
+def test_ranks_with_uneven_parts_of_the_vocabulary_have_the_whole_loss_and_parts_of_its_gradients(softcap, large):
+    vocabs = [4, 7, 10, 61]
+    for vocab, *ranks in zip(
+        vocabs, *run(share, world_size=4, vocabs=vocabs, softcap=softcap, large=large), strict=True
+    ):
+        h, weight, targets = drawn(vocab, large)
+        want = cross_entropy(h, weight, targets, chunk=13, softcap=softcap)
+        d_h, d_weight = torch.autograd.grad(want * 0.37, [h, weight])
+        for loss, _, _, evaluated in ranks:
+            assert loss == evaluated == pytest.approx(want.item(), rel=1e-12)
+        torch.testing.assert_close(sum(each[1] for each in ranks), d_h, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(torch.cat([each[2] for each in ranks]), d_weight, rtol=1e-11, atol=1e-11)

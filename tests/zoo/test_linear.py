@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from zoo import experts, kernel, linear
+from zoo import expert_loop, kernel, linear
 from zoo.config_ff import MoEConfig, RouterConfig, Score
 from zoo.experts import Experts
 from zoo.linear import Linear
@@ -15,7 +15,7 @@ def machine(request, monkeypatch):
     def product_dtype(dtype, device):
         return request.param if dtype is torch.bfloat16 else dtype
 
-    for module in (linear, kernel, experts):
+    for module in (linear, kernel, expert_loop):
         monkeypatch.setattr(module, "product_dtype", product_dtype)
 
 

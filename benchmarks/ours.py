@@ -8,7 +8,8 @@ from benchmarks.shape import Shape
 from data.batch import Batch
 from parallel.apply import build as build_model
 from parallel.apply import fill_fresh
-from parallel.config import Dtype, PrecisionConfig, Sizes
+from parallel.config import Dtype, PrecisionConfig
+from parallel.config_fit import Sizes
 from parallel.mesh import open_mesh
 from trainer import balance
 from trainer.config import OptimConfig, OptimKind, TrainConfig

@@ -76,6 +76,26 @@ def join(x: Tensor, lane: Lane, *, width: int) -> Tensor:
     return torch.cat(parts, dim=-1)[..., :width]
 
 
+def swapped(x: Tensor, lane: Lane, *, peer: int, device: torch.device) -> Tensor:
+    """What another rank has in the place of ``x`` (a send each way), without a gradient.
+
+    Args:
+        x: of the same shape and dtype on both.
+        lane: the ranks.
+        peer: place of the other among them.
+        device: that the ranks communicate from; ``x`` may lie elsewhere.
+    """
+    ours = x.detach().to(device).contiguous()
+    theirs = torch.empty_like(ours)
+    sends = [
+        dist.P2POp(dist.isend, ours, group=lane.group, group_peer=peer),
+        dist.P2POp(dist.irecv, theirs, group=lane.group, group_peer=peer),
+    ]
+    for work in dist.batch_isend_irecv(sends):
+        work.wait()
+    return theirs.to(x.device)
+
+
 def mine(x: Tensor, lane: Lane) -> Tensor:
     """This rank's tokens of (B, T, …); no communication."""
     return x.chunk(lane.size, dim=1)[lane.rank]

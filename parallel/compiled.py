@@ -1,4 +1,7 @@
-"""Blocks compiled by torch.compile, each as a whole: what it cannot compile is an error and never left as it was."""
+"""Blocks compiled by torch.compile, each as a whole: what it cannot compile is an error and never left as it was.
+
+But for blocks whose tokens travel to experts on other ranks: what sends them runs as it is, between compiled parts.
+"""
 
 import warnings
 from dataclasses import replace
@@ -6,14 +9,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from parallel.config import Remat
 from parallel.mesh import MeshError
-from parallel.remat import BlockForward
+from parallel.remat import BlockForward, recomputed
 from zoo.attention import Attention
 from zoo.block import Block
 from zoo.context import Context
 from zoo.deltanet import DeltaNet
+from zoo.dispatch import Dispatcher
+from zoo.kernel import render
 from zoo.kernel_choice import KernelName
-from zoo.mask import Mask
 from zoo.mla import MLA
 from zoo.router import Tally
 
@@ -49,6 +54,46 @@ def compiled(forward: BlockForward, *, backend: str = "inductor") -> BlockForwar
     return run
 
 
+def compiled_around_travels(how: Remat, *, backend: str = "inductor") -> BlockForward:
+    """As ``compiled``, of blocks whose tokens travel to experts on other ranks: what sends them runs as it is.
+
+    Recomputation goes around compiled parts, not into them. The selective one looks at single operators, which compiled
+    parts do not show: under it, the mixer's half is compiled as a whole, and the feed-forward runs as it is.
+    """
+    if how is Remat.selective:
+        mixed, fed = compiled(recomputed(_mixed, how=how), backend=backend), recomputed(_fed, how=how, gathers=True)
+        return lambda block, x, context: fed(block, mixed(block, x, context)[0], context)
+    parts = torch.compile(Block.forward, backend=backend, recompile_limit=LIMIT)  # type: ignore[call-overload]
+
+    def run(block: Block, x: Tensor, context: Context) -> tuple[Tensor, Tally | None]:
+        assert block.moe is not None, f"{block=}"
+        _leave_alone(block.moe.dispatcher)
+        result: tuple[Tensor, Tally | None] = parts(block, x, _own(block, context))
+        return result
+
+    return run if how is Remat.none else recomputed(run, how=how)
+
+
+def travels(block: Block) -> bool:
+    """Whether tokens leave this rank for experts."""
+    return block.moe is not None and block.moe.dispatcher.travels
+
+
+def _mixed(block: Block, x: Tensor, context: Context) -> tuple[Tensor, None]:
+    return block.mixed(x, context), None
+
+
+def _fed(block: Block, x: Tensor, context: Context) -> tuple[Tensor, Tally | None]:
+    return block.fed(x, context)
+
+
+def _leave_alone(dispatcher: Dispatcher) -> None:
+    """Let no compilation into what sends tokens; it waits for the device to learn sizes."""
+    for name in ("dispatch", "arrived", "combine"):
+        if name not in vars(dispatcher):
+            setattr(dispatcher, name, torch.compiler.disable(getattr(dispatcher, name)))
+
+
 def _own(block: Block, context: Context) -> Context:
     """What a block reads of what all share, made beforehand: compiled code may not make it.
 
@@ -56,27 +101,18 @@ def _own(block: Block, context: Context) -> Context:
     """
     mixer, rotations = block.mixer, []
     if isinstance(mixer, DeltaNet):
-        mask = _rendered(context.mask(), KernelName.plain)
+        mask = context.mask()
+        render(mask, KernelName.plain)
     elif isinstance(mixer, MLA):
         rope, dim = mixer.config.rope, mixer.config.rope_dim
         rotations = [(rope, dim, context.rotation(rope, dim=dim))]
-        mask = _rendered(context.mask(), mixer.kernel.chosen)
+        mask = context.mask()
+        mixer.kernel.prepare(mask)
     else:
         assert isinstance(mixer, Attention), f"{mixer=}"
         c = mixer.config
         if c.rope is not None:
             rotations = [(c.rope, c.head_dim, context.rotation(c.rope, dim=c.head_dim))]
-        mask = _rendered(context.mask(window=c.window, chunk=c.chunk), mixer.kernel.chosen)
+        mask = context.mask(window=c.window, chunk=c.chunk)
+        mixer.kernel.prepare(mask)
     return replace(context, rotations=rotations, masks={(mask.window, mask.chunk): mask})
-
-
-def _rendered(mask: Mask, kernel: KernelName) -> Mask:
-    """A mask that has made what a kernel reads of it."""
-    parts = {
-        KernelName.plain: lambda: mask.pieces,
-        KernelName.sdpa: lambda: mask.dense,
-        KernelName.flex: lambda: mask.blocks,
-        KernelName.varlen: lambda: mask.ends,
-    }
-    parts[kernel]()
-    return mask

@@ -1,7 +1,6 @@
-"""The plan: how many ranks share what, and in which precision. Sizes are checked by pure functions, without torch."""
+"""The plan: how many ranks share what, and in which precision; parallel/config_fit.py fits it to a run."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from omegaconf import MISSING
@@ -28,9 +27,46 @@ class Remat(StrEnum):
 class Reshard(StrEnum):
     """Which gathered parameters are given up after the forward and gathered again for the backward."""
 
-    auto = "auto"  # those of blocks: FSDP2's own choice
+    auto = "auto"  # those of blocks, FSDP2's own choice; none where layers are in pipeline stages
     always = "always"  # all: ZeRO-3, least memory
     never = "never"  # none: ZeRO-2, and with accumulation ZeRO-1: gradients are whole until the last micro-batch
+
+
+class ContextMethod(StrEnum):
+    """How ranks that have tokens of the same rows attend to each other's (parallel/context.py)."""
+
+    gather = "gather"  # keys and values of all tokens to every rank; does everything
+    ulysses = "ulysses"  # all tokens of some heads to every rank, and back
+    ring = "ring"  # keys and values go round, a block at a time; no sinks or softcaps
+
+
+class Dispatch(StrEnum):
+    """How tokens get to experts on other ranks."""
+
+    all_to_all = "all_to_all"  # torch.distributed, any backend
+    deepep = "deepep"  # kernels of DeepEP, on GPUs
+
+
+ScheduleName = StrEnum(
+    "ScheduleName",
+    {
+        "1f1b": "1f1b",
+        "interleaved": "interleaved",  # several stages a rank
+        "zbv": "zbv",  # zero bubble: two stages a rank in a V, backward in two halves
+        "dualpipev": "dualpipev",  # as zbv, with a forward and a backward side by side
+    },
+)
+"""The order in which pipeline stages run micro-batches forward and backward (parallel/schedule.py); 1f1b is no name
+that a class could have, and OmegaConf knows members by their names."""
+
+
+@dataclass
+class PipelineConfig:
+    """How stages of layers work on micro-batches."""
+
+    schedule: ScheduleName = ScheduleName["1f1b"]
+    microbatches: int | None = None  # that go through at once; divides those of an update, which null takes
+    virtual: int = 2  # stages a rank under interleaved; the schedules in a V have two, 1f1b has one
 
 
 @dataclass
@@ -40,6 +76,14 @@ class ParallelConfig:
     dp_replicate: int = MISSING  # copies of the model, each sharded over dp_shard ranks
     dp_shard: int | None = MISSING  # ranks that share one copy (FSDP); null: all that are left
     tp: int = 1  # ranks that share every layer and the same rows (tensor and sequence parallelism)
+    pp: int = 1  # ranks that have some layers each, one after another (pipeline)
+    cp: int = 1  # ranks that have some tokens of the same rows each (context parallelism)
+    ep: int = 1  # ranks that have some experts each; of the dp_shard x cp ranks
+    expert_tp: bool = True  # whether tp shares each expert; if not, ep is of the dp_shard x cp x tp ranks
+    context: ContextMethod = ContextMethod.gather
+    dispatch: Dispatch = Dispatch.all_to_all
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    async_tp: bool = False  # collectives of tp overlapped with their products; on CUDA
     kernel: KernelChoice = KernelChoice.auto  # of attention
     reshard: Reshard = Reshard.auto
     offload: bool = False  # parameters, gradients and the optimizer's state to the memory of the host; needs sharding
@@ -73,90 +117,3 @@ class PrecisionConfig:
                 f"precision.params={self.params}, precision.compute={self.compute}: must be {allowed}; parameters and "
                 "what is counted beside them need at least fp32: bf16 rounds counts above 256"
             )
-
-
-@dataclass
-class Sizes:
-    """A plan fitted to a number of ranks."""
-
-    dp_replicate: int
-    dp_shard: int
-    tp: int = 1
-
-    @property
-    def ranks(self) -> int:
-        """All of them."""
-        return self.dp * self.tp
-
-    @property
-    def dp(self) -> int:
-        """Ranks that see different rows."""
-        return self.dp_replicate * self.dp_shard
-
-
-def fit(config: ParallelConfig, *, world_size: int) -> Sizes:
-    """Fit a plan to ``world_size`` ranks.
-
-    Raises:
-        ValueError: a size is not positive, the sizes do not multiply to the number of ranks, or one process is asked
-            for what needs several.
-    """
-    for key in ("dp_replicate", "dp_shard", "tp"):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise ValueError(f"parallel.{key}={value}: must be 1 or more")
-    shard = config.dp_shard
-    if shard is None:
-        if world_size % (config.dp_replicate * config.tp):
-            subject = "their product must" if config.tp > 1 else "must"
-            raise ValueError(f"{_named(config)}: {subject} divide the number of processes ({world_size})")
-        shard = world_size // (config.dp_replicate * config.tp)
-    if config.dp_replicate * shard * config.tp != world_size:
-        raise ValueError(f"{_named(config, shard=shard)}: their product must be the number of processes ({world_size})")
-    if config.offload and world_size == 1:
-        raise ValueError("parallel.offload=true: must be false in a single process, where FSDP2 shards nothing")
-    if config.offload and world_size == config.tp:
-        raise ValueError(f"parallel.offload=true: must be false where parallel.tp={config.tp} takes all processes")
-    return Sizes(config.dp_replicate, shard, config.tp)
-
-
-def _named(config: ParallelConfig, *, shard: int | None = None) -> str:
-    """The sizes that were asked for, by their keys; tp only where there is more than one."""
-    parts = {"dp_replicate": config.dp_replicate, "dp_shard": shard, "tp": config.tp if config.tp > 1 else None}
-    return ", ".join(f"parallel.{key}={value}" for key, value in parts.items() if value is not None)
-
-
-def check_tensor(tp: int, *, shared: Mapping[str, int], kv_heads: Mapping[str, int], vocab_size: int) -> None:
-    """Whether ``tp`` ranks can share a model, a row's tokens and its vocabulary.
-
-    Args:
-        tp: ranks that share every layer.
-        shared: by key, what they cut into equal parts.
-        kv_heads: by key, numbers of key-value heads: fewer than ranks are copied.
-        vocab_size: rows of the vocabulary, of which the last rank may have fewer.
-
-    Raises:
-        ValueError: a number does not divide.
-    """
-    for key, value in shared.items():
-        if value % tp:
-            raise ValueError(f"parallel.tp={tp}: must divide {key} ({value})")
-    for key, value in kv_heads.items():
-        if value % tp and tp % value:
-            raise ValueError(f"parallel.tp={tp}: must divide {key} ({value}) or be a multiple of it")
-    if (tp - 1) * -(-vocab_size // tp) >= vocab_size:
-        raise ValueError(f"parallel.tp={tp}: must leave each rank a row of model.vocab_size ({vocab_size})")
-
-
-def accumulation(*, global_batch: int, micro_batch: int, dp: int) -> int:
-    """Micro-batches of one rank in one update.
-
-    Raises:
-        ValueError: the global batch cannot be cut so.
-    """
-    if global_batch % (dp * micro_batch):
-        raise ValueError(
-            f"train.global_batch={global_batch}: must be a multiple of train.micro_batch ({micro_batch}) times the "
-            f"data-parallel ranks ({dp})"
-        )
-    return global_batch // (dp * micro_batch)

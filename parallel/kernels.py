@@ -4,9 +4,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from parallel.config import KernelChoice
 from parallel.mesh import MeshError
+from parallel.ring import Ring
 from zoo import delta_fla
 from zoo.decoder import Decoder
 from zoo.deltanet import DeltaNet
@@ -27,6 +29,9 @@ def choose_kernels(model: Decoder, wanted: KernelChoice, *, device: torch.device
         elif isinstance(module, DeltaNet):
             module.chosen = delta_fla.choose(device, dtype=dtype, k_dim=module.config.k_dim)
     for name, module in _kernels(model):
+        if isinstance(module, Ring):  # its blocks have kernels of their own
+            _check_ring(wanted, device=device, dtype=dtype)
+            continue
         best = choose(module.needs, device=device, dtype=dtype)
         auto = wanted is KernelChoice.auto
         chosen = best if auto else KernelName(wanted.value)
@@ -42,15 +47,27 @@ def choose_kernels(model: Decoder, wanted: KernelChoice, *, device: torch.device
         module.chosen = chosen
 
 
-def _kernels(model: Decoder) -> Iterator[tuple[str, Kernel]]:
+def _check_ring(wanted: KernelChoice, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Whether ring attention can run, which leaves no choice of kernels.
+
+    Raises:
+        MeshError: a kernel is wanted, or there is none for the format.
+    """
+    if wanted is not KernelChoice.auto:
+        raise MeshError(f"parallel.kernel={wanted}: must be auto where parallel.context=ring")
+    if device.type == "cuda" and dtype is torch.float64:
+        raise MeshError("parallel.context=ring: has no kernel for fp64 on a GPU: must be gather or ulysses")
+
+
+def _kernels(model: nn.Module) -> Iterator[tuple[str, Kernel]]:
     """Kernels of attention by module name, in the order of layers."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Kernel))
 
 
-def told(model: Decoder) -> list[str]:
+def told(model: nn.Module) -> list[str]:
     """What was chosen, in a few words a part."""
     parts = []
-    chosen = Counter(module.chosen for _, module in _kernels(model))
+    chosen = Counter("ring" if isinstance(module, Ring) else module.chosen.value for _, module in _kernels(model))
     if len(chosen) == 1:
         parts.append(f"attention: {next(iter(chosen))}")
     elif chosen:

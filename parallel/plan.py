@@ -18,6 +18,7 @@ class Kind(StrEnum):
     column = "column"  # what it gives is shared: heads, hidden units
     row = "row"  # what it takes is shared, what it gives is a partial sum
     vocab = "vocab"  # rows of the vocabulary
+    expert = "expert"  # something of each routed expert: expert parallelism cuts dim 0, tensor parallelism one inside
     whole = "whole"  # every rank has all of it, and a partial gradient
 
 
@@ -38,12 +39,16 @@ class Row:
     kv: bool = False
 
 
-def _column(*patterns: str, dim: int = 0, kv: bool = False) -> list[Row]:
-    return [Row(pattern, Kind.column, dim, kv) for pattern in patterns]
+def _column(*patterns: str, kv: bool = False) -> list[Row]:
+    return [Row(pattern, Kind.column, 0, kv) for pattern in patterns]
 
 
-def _row(*patterns: str, dim: int = 1) -> list[Row]:
-    return [Row(pattern, Kind.row, dim) for pattern in patterns]
+def _row(*patterns: str) -> list[Row]:
+    return [Row(pattern, Kind.row, 1) for pattern in patterns]
+
+
+def _expert(*patterns: str, dim: int | None) -> list[Row]:
+    return [Row(pattern, Kind.expert, dim) for pattern in patterns]
 
 
 def _whole(*patterns: str) -> list[Row]:
@@ -68,9 +73,9 @@ TABLE: list[Row] = [
     *_column("mlp.gate.*", "mlp.up.*", "moe.shared.gate.*", "moe.shared.up.*"),
     *_row("mlp.down.weight", "moe.shared.down.weight"),
     *_whole("mlp.down.bias", "moe.shared.down.bias", "moe.shared_gate.weight", "moe.router.*"),
-    *_column("moe.experts.gate", "moe.experts.up", "moe.experts.gate_bias", "moe.experts.up_bias", dim=1),
-    *_row("moe.experts.down", dim=2),
-    *_whole("moe.experts.down_bias"),
+    *_expert("moe.experts.gate", "moe.experts.up", "moe.experts.gate_bias", "moe.experts.up_bias", dim=1),
+    *_expert("moe.experts.down", dim=2),
+    *_expert("moe.experts.down_bias", dim=None),
 ]
 
 

@@ -6,12 +6,12 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from parallel.layout import Placed, stored_name
 from parallel.mesh import Mesh
-from parallel.tensor import SharedDecoder
 
 
 def total(x: Tensor, mesh: Mesh, *, axis: str = "dp") -> Tensor:
@@ -30,31 +30,17 @@ def views(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def view(model: nn.Module, name: str, x: Tensor) -> Tensor:
     """A parameter, gradient or moment as one tensor over all ranks, on the same memory; no communication.
 
-    What is shared over dp_shard is a DTensor of FSDP2; what is shared over tp besides becomes one over the whole grid.
-    Both may cut dimension 0: tp's pieces come first, and each is cut by FSDP2.
+    What is shared over dp_shard and cp is a DTensor of FSDP2; what the plan cuts besides becomes one over a grid of all
+    ranks that have this layer (``parallel/layout.py``).
 
     Args:
         model: a spread model.
         name: of the parameter.
         x: as the model, its optimizer or the backward holds it.
     """
-    if not isinstance(model, SharedDecoder) or name not in model.shares or not x.ndim:
+    if not isinstance(model, Placed) or stored_name(name) not in model.places or not x.ndim:
         return x
-    share = model.shares[name]
-    cut: Placement = Replicate() if share.dim is None else Shard(share.dim)
-    sharded: Placement = Replicate()
-    if isinstance(x, DTensor) and isinstance(x.placements[-1], Shard):
-        dim = x.placements[-1].dim
-        sharded = _StridedShard(dim, split_factor=share.pieces) if dim == share.dim else Shard(dim)
-    shape = torch.Size(share.whole(x.shape))
-    return DTensor.from_local(
-        local(x.detach()),
-        model.grids[share.copies],
-        [Replicate(), sharded, cut, Replicate()],
-        run_check=False,
-        shape=shape,
-        stride=torch.empty(shape, device="meta").stride(),
-    )
+    return model.places[stored_name(name)].view(x)
 
 
 def part(x: DTensor) -> tuple[slice, ...]:
@@ -81,40 +67,50 @@ def local(x: Tensor) -> Tensor:
 
 
 def complete(model: nn.Module) -> None:
-    """Sum gradients of what several ranks of tp have, once all are there (one all-reduce over tp, one over its copies).
+    """Sum gradients of what several ranks have, once all are there (all-reduces over tp and its copies, then over pp).
 
-    Each of those ranks has a part of them (``parallel/tensor.py``).
+    Each of those ranks has a part of them (``parallel/tensor.py``, ``parallel/pipeline.py``).
     """
-    if not isinstance(model, SharedDecoder):
+    if not isinstance(model, Placed):
         return
     shared: dict[int, list[Tensor]] = {}
+    groups = {}
     for name, parameter in model.named_parameters():
-        copies = model.shares[name].copies
-        if copies > 1:
+        place = model.places[stored_name(name)]
+        if place.copies is not None:
             if parameter.grad is None:  # of a bias that another rank adds
                 parameter.grad = torch.zeros_like(parameter)
-            shared.setdefault(copies, []).append(local(parameter.grad))
+            shared.setdefault(place.tp.copies, []).append(local(parameter.grad))
+            groups[place.tp.copies] = place.copies, place.grid.device_type
     for copies in sorted(shared):
-        flat = torch.cat([gradient.flatten() for gradient in shared[copies]]).to(model.grids[copies].device_type)
-        dist.all_reduce(flat, group=model.grids[copies].get_group("tp_copy"))
-        sizes = [gradient.numel() for gradient in shared[copies]]
-        for gradient, summed in zip(shared[copies], flat.split(sizes), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        _add_up(shared[copies], *groups[copies])
+    model.sum_copies()
+
+
+def _add_up(gradients: list[Tensor], group: dist.ProcessGroup, device: str) -> None:
+    """Sum tensors in place over a group (one all-reduce)."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).to(device)
+    dist.all_reduce(flat, group=group)
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, summed in zip(gradients, flat.split(sizes), strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 def norm(model: nn.Module, mesh: Mesh) -> Tensor:
-    """Euclidean norm of all gradients of the model, the same on every rank (one all-reduce over dp_shard, one over tp).
+    """Euclidean norm of all gradients of the model, the same on every rank (one all-reduce over pp, fsdp and tp).
 
     What several ranks have counts once.
     """
     counted = [p.grad for name, p in model.named_parameters() if p.grad is not None and _counts(model, name)]
     squares = [torch.linalg.vector_norm(local(g), dtype=_wide(g.dtype)).square() for g in counted]
     square = torch.stack(squares).sum().to(mesh.device)  # of what is offloaded, the host has made it
-    return total(total(square, mesh, axis="dp_shard"), mesh, axis="tp").sqrt()
+    return total(square, mesh, axis="shards").sqrt()
 
 
 def _counts(model: nn.Module, name: str) -> bool:
-    return not isinstance(model, SharedDecoder) or model.shares[name].first
+    if not isinstance(model, Placed):
+        return True
+    return name not in model.copies and model.places[stored_name(name)].tp.first
 
 
 def clip(gradients: Iterable[Tensor], *, norm: Tensor, max_norm: float) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from parallel.config import Remat
@@ -27,6 +28,7 @@ KEPT = (
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "torch_attn::_varlen_attn",
+    "parallel::ring",
     "flex_attention",  # an operator over a function, which has no namespace
 )
 """Operators whose results ``selective`` keeps, by name: products of activations with weights, and fused attention.
@@ -36,21 +38,50 @@ token), or is cheap (the delta rule, the sums over a token's experts): that is c
 """
 
 
-def recomputed(forward: BlockForward, *, how: Remat) -> BlockForward:
+def recomputed(forward: BlockForward, *, how: Remat, gathers: bool = False) -> BlockForward:
     """A block's forward that is run again in the backward: all of it, or (``selective``) all but what ``KEPT`` lists.
 
     A function and no wrapping module, so that parameters keep their names. Routers count outside of blocks, hence once.
+
+    Args:
+        forward: of a block.
+        how: not ``none``.
+        gathers: whether FSDP gathers parameters of a part of the block when that runs; not for what is compiled.
     """
     assert how is not Remat.none, f"{how=}"
     chosen: dict[str, Any] = {}
     if how is Remat.selective:
-        chosen["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        contexts = partial(create_selective_checkpoint_contexts, _policy)  # which torch.compile knows
+        chosen["context_fn"] = partial(_unevenly, contexts) if gathers else contexts
 
     def run(block: Block, x: Tensor, context: Context) -> tuple[Tensor, Tally | None]:
         # Nothing in a model draws random numbers, so that there is no state of a generator to bring back.
         return checkpoint(forward, block, x, context, use_reentrant=False, preserve_rng_state=False, **chosen)
 
     return run
+
+
+def _unevenly(contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """What keeps results, and what finds them again without looking at anything else."""
+    keep, reuse = contexts()
+    return keep, _Reuse(reuse)
+
+
+class _Reuse(TorchDispatchMode):
+    """Asks torch's own mode for what is kept only.
+
+    That refuses any operator which the forward ran less often; what FSDP does around a part differs in the backward.
+    """
+
+    def __init__(self, reuse: TorchDispatchMode) -> None:
+        super().__init__()
+        self.reuse = reuse
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, or give its result of the forward."""
+        if _policy(None, func) is CheckpointPolicy.MUST_SAVE:
+            return self.reuse.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -9,60 +9,26 @@ between layers they are of its tokens: gradients of whole parameters are summed 
 The classes here are a model's own with collectives around what they do; parameters keep their names.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.comm import Lane, add, gather, join, mine, scatter
-from parallel.mesh import Mesh
-from parallel.plan import Kind, Share, find, share
+from parallel.layout import Place
+from parallel.plan import Kind, find
 from zoo.attention import Attention
 from zoo.block import Block
 from zoo.config_mixer import Scope
 from zoo.context import Context
-from zoo.decoder import Decoder, Embedding, Objective, positions_within
+from zoo.decoder import Decoder, Embedding
 from zoo.experts import Experts
 from zoo.head import Head, Loss
 from zoo.linear import Linear
 from zoo.moe import MoE
 from zoo.norm import RMSNorm, multiplier
 from zoo.router import Tally
-
-
-class SharedDecoder(Decoder):
-    """Rows whose tokens ranks cannot share evenly are made longer at their end, which no token before it sees.
-
-    Attributes:
-        lane: the ranks of tp.
-        shares: of each parameter, by name.
-        grids: of all ranks, with axes tp_piece and tp_copy in the place of tp, by how many copies there are.
-    """
-
-    lane: Lane
-    shares: dict[str, Share]
-    grids: dict[int, DeviceMesh]
-
-    def forward(
-        self,
-        tokens: Tensor,
-        *,
-        positions: Tensor | None = None,
-        documents: Tensor | None = None,
-        objective: Objective | None = None,
-    ) -> Tensor:
-        """As a ``Decoder``, on every rank the same (activations over tp); a loss needs a length that tp divides."""
-        lacking = -tokens.shape[1] % self.lane.size
-        if not lacking:
-            return super().forward(tokens, positions=positions, documents=documents, objective=objective)
-        assert objective is None, f"{tokens.shape=} {self.lane.size=}"
-        if positions is None:
-            positions = positions_within(tokens if documents is None else documents, split=documents is not None)
-        longer = [None if x is None else _longer(x, lacking) for x in (positions, documents)]
-        logits = super().forward(_longer(tokens, lacking), positions=longer[0], documents=longer[1])
-        return logits[:, : tokens.shape[1]]
 
 
 class SharedBlock(Block):
@@ -137,34 +103,30 @@ class WidthNorm(RMSNorm):
         return y.to(x.dtype) * multiplier(self.weight, self.offset, x.dtype, x.dtype)
 
 
-def share_layers(model: Decoder, mesh: Mesh) -> None:
-    """Cut a model on the meta device to this rank's share, in place; groups of ranks are made (all axes)."""
-    lane = mesh.lane
-    assert lane is not None, f"{mesh=}"
-    shares: dict[str, Share] = {}
+def share_layers(model: Decoder, lane: Lane, *, places: Mapping[str, Place]) -> None:
+    """Cut a model or a stage on the meta device to this rank's share under tensor parallelism, in place."""
     for name, module, leaf, parameter in list(_parameters(model)):
-        shape = list(parameter.shape)
-        shares[name] = of = share(name, shape, config=model.config, size=lane.size, rank=lane.rank)
+        of, shape = places[name].tp, list(parameter.shape)
         if of.dim is not None:
             shape[of.dim] = of.part.stop - of.part.start
         module.register_parameter(leaf, nn.Parameter(parameter.new_empty(shape)))
         if leaf == "bias" and isinstance(module, Linear) and find(name, config=model.config).kind is Kind.whole:
             module.adds_bias = lane.rank == 0
-    grids = {n: mesh.split(copies=n) for n in sorted({each.copies for each in shares.values()})}
     for module in model.modules():
         if isinstance(module, Block):
-            _become(module, SharedBlock, lane=lane)
+            become(module, SharedBlock, lane=lane)
         elif isinstance(module, MoE):
             module.balance_share = 1 / lane.size
         elif isinstance(module, Experts):
             module.adds_bias = lane.rank == 0
         elif isinstance(module, Attention):
             _share_norms(module, lane)
-    _become(model.embed, VocabEmbedding, lane=lane, first=shares["embed.weight"].part.start)
-    _become(model.head, VocabHead, lane=lane, vocab_size=model.config.vocab_size)
+    if model.embed is not None:
+        become(model.embed, VocabEmbedding, lane=lane, first=places["embed.weight"].tp.part.start)
+    if model.head is not None:
+        become(model.head, VocabHead, lane=lane, vocab_size=model.config.vocab_size)
     if model.positions is not None:
-        _become(model.positions, OwnPositions, lane=lane)
-    _become(model, SharedDecoder, lane=lane, shares=shares, grids=grids)
+        become(model.positions, OwnPositions, lane=lane)
 
 
 def _share_norms(attention: Attention, lane: Lane) -> None:
@@ -175,10 +137,10 @@ def _share_norms(attention: Attention, lane: Lane) -> None:
     for norm, n_heads in ((attention.q_norm, c.n_heads), (attention.k_norm, c.n_kv_heads)):
         assert isinstance(norm, RMSNorm), f"{c.qk_norm=}"
         copies = max(1, lane.size // n_heads)
-        _become(norm, WidthNorm, lane=lane, width=n_heads * c.head_dim, copies=copies)
+        become(norm, WidthNorm, lane=lane, width=n_heads * c.head_dim, copies=copies)
 
 
-def _become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
+def become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
     """Give a module the class that communicates, as FSDP2 does: it stays the same object with the same parameters."""
     module.__class__ = kind
     for name, value in attributes.items():
@@ -190,11 +152,3 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         yield name, model.get_submodule(path), leaf, parameter
-
-
-def _longer(x: Tensor, by: int) -> Tensor:
-    """(B, T) with the last column repeated.
-
-    Example: 5 7 9 longer by 2 is 5 7 9 9 9.
-    """
-    return torch.cat([x, x[:, -1:].expand(-1, by)], dim=1)

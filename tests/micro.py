@@ -9,7 +9,8 @@ from torch import Tensor
 
 from parallel import reduce
 from parallel.apply import build, fill_fresh
-from parallel.config import Dtype, ParallelConfig, PrecisionConfig, Sizes
+from parallel.config import Dtype, ParallelConfig, PrecisionConfig
+from parallel.config_fit import Sizes
 from parallel.fsdp import sync_gradients
 from parallel.mesh import Mesh, open_mesh
 from trainer.loss import cross_entropy
@@ -36,6 +37,7 @@ def made(config: ModelConfig, mesh: Mesh, plan: ParallelConfig, compiler: str = 
         for router in model.routers().values():
             if router.balance_bias is not None:
                 router.balance_bias.copy_(torch.linspace(-0.1, 0.1, len(router.balance_bias)))
+    assert isinstance(model, Decoder)
     return model.train()
 
 

@@ -6,13 +6,15 @@ from models import compose
 from data.batch import Batch
 from parallel import reduce
 from parallel.apply import build, fill
-from parallel.config import Dtype, ParallelConfig, PrecisionConfig, fit
-from parallel.mesh import Mesh, lay_out, open_mesh
+from parallel.config import Dtype, ParallelConfig, PrecisionConfig
+from parallel.config_fit import fit
+from parallel.mesh import lay_out, open_mesh
 from trainer import balance
 from trainer.config import OptimConfig, OptimKind, TrainConfig
 from trainer.engine import TorchEngine, count
+from trainer.evaluate import evaluate
 
-ROWS, LENGTH, VOCAB = 4, 16, 61  # no number of ranks divides the vocabulary
+ROWS, LENGTH, VOCAB = 8, 16, 61  # no number of ranks divides the vocabulary
 
 SETTINGS = TrainConfig(
     steps=3, global_batch=ROWS, micro_batch=1, seq_len=LENGTH, max_norm=0.5, mtp_weight=0.3, loss_chunk=5,
@@ -136,18 +138,18 @@ def rows(step, n_mtp):
 
 
 def mine(batch, mesh):
-    """This rank's rows, in two micro-batches."""
+    """This rank's rows in two micro-batches; in as many as it has rows where they go through pipeline stages."""
     share = ROWS // mesh.sizes.dp
-    first = mesh.dp_rank * share
-    half = share // 2
-    return [Batch(**{k: v[s : s + half] for k, v in vars(batch).items()}) for s in (first, first + half)]
+    first, size = mesh.dp_rank * share, 1 if mesh.sizes.pp > 1 else share // 2
+    starts = range(first, first + share, size)
+    return [Batch(**{k: v[s : s + size] for k, v in vars(batch).items()}) for s in starts]
 
 
 def joined(sizes):
     """The mesh of a process that the test's harness has put into a group already."""
     if sizes.ranks == 1:
         return open_mesh(sizes, rank=0, local_rank=0)
-    return Mesh(sizes, torch.device("cpu"), lay_out(sizes, kind="cpu"), torch.distributed.get_rank())
+    return lay_out(sizes, device=torch.device("cpu"), rank=torch.distributed.get_rank())
 
 
 def random_value(name, shape):
@@ -166,9 +168,12 @@ class Case:
         self.config = FAMILIES[name]()
         world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self.mesh = joined(fit(plan, world_size=world_size))
-        self.model = build(self.config, mesh=self.mesh, precision=precision, plan=plan, compiler=compiler)
+        self.model = build(
+            self.config, mesh=self.mesh, precision=precision, plan=plan, seq_len=LENGTH, compiler=compiler
+        )
         fill(reduce.views(self.model, self.model.state_dict()), random_value)
         self.engine = TorchEngine(self.model, mesh=self.mesh, train=SETTINGS, optim_config=ADAMW)
+        self.engine.filled()
 
     def update(self, step):
         """One update; losses, norm and loads."""
@@ -179,13 +184,26 @@ class Case:
         loads = [] if loads is None else loads.flatten().tolist()
         return [*terms.losses.tolist(), terms.balance.item(), norm.item(), *loads]
 
+    def evaluate(self, step):
+        """Mean loss of rows, a part of which this rank has."""
+        return evaluate(self.engine, mine(rows(step, self.config.n_mtp), self.mesh), self.mesh)
+
     def tensors(self):
-        """Everything that is updated, as whole tensors."""
+        """Everything that is updated and that this rank has a part of, as whole tensors."""
         state = self.engine.state()
         tensors = {name: reduce.whole(value.detach()).clone() for name, value in state["model"].items()}
         for name, moments in state["optimizer"].items():
             tensors |= {f"{name}/{key}": reduce.whole(value).clone() for key, value in moments.items()}
         return tensors
+
+
+def merged(parts):
+    """Tensors of all ranks together; what several have is bitwise the same."""
+    tensors = {}
+    for part in parts:
+        for name, x in part.items():
+            assert torch.equal(tensors.setdefault(name, x), x), f"{name}: ranks differ"
+    return tensors
 
 
 def same(got, want):

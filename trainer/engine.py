@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from parallel import reduce
+from parallel.config_fit import microbatches
 from parallel.fsdp import sync_gradients
+from parallel.layout import Placed
 from parallel.mesh import Mesh
-from parallel.tensor import VocabEmbedding
+from parallel.pipeline import Pipeline
 from trainer import optim
 from trainer.config import OptimConfig, TrainConfig
 from trainer.loss import Vocabulary, cross_entropy
@@ -45,36 +47,69 @@ class Terms:
 
 
 class TorchEngine:
-    """Plain torch, with FSDP2 where the model was spread by it."""
+    """Plain torch, with FSDP2 where the model was spread by it, and torch's schedules where stages share it."""
 
-    def __init__(self, model: Decoder, *, mesh: Mesh, train: TrainConfig, optim_config: OptimConfig) -> None:
+    def __init__(self, model: Decoder | Pipeline, *, mesh: Mesh, train: TrainConfig, optim_config: OptimConfig) -> None:
         self.model = model
         self.mesh = mesh
         self.optimizer = optim.build(model, optim_config)
-        vocabulary = None
-        if isinstance(model.embed, VocabEmbedding):
-            vocabulary = Vocabulary(model.embed.lane, model.embed.first)
+        lane, vocabulary = mesh.lane("tp"), None
+        if lane is not None:
+            assert isinstance(model, Placed), f"{type(model)=}"
+            vocabulary = Vocabulary(lane, model.places["embed.weight"].tp.part.start)
         self.loss = partial(cross_entropy, chunk=train.loss_chunk, vocabulary=vocabulary)
         depths = model.config.n_mtp
         each = [train.mtp_weight / depths] * depths if depths else []
         self.weights = torch.tensor([1.0, *each], dtype=torch.float64, device=mesh.device)
 
     def forward_backward(self, batches: Sequence[Batch], counts: Counts) -> Terms:
-        """Add the gradients of every micro-batch (parameters over dp_shard, gradients over dp and tp, losses over dp).
+        """Add the gradients of every micro-batch (parameters over fsdp, gradients and losses over all axes).
 
-        Layers that are shared over tp communicate activations besides.
+        Layers that are shared communicate activations besides: over tp, cp, ep and, from stage to stage, pp.
         """
-        total = torch.zeros_like(counts.targets)
-        for i, batch in enumerate(batches):
-            sync_gradients(self.model, now=i == len(batches) - 1)
-            losses = self.losses(batch, rows=counts.rows, depths=self.model.config.n_mtp) / counts.targets.clamp(min=1)
-            (losses * self.weights).sum().backward()
-            total += losses.detach()
+        divisors = counts.targets.clamp(min=1)
+        if isinstance(self.model, Pipeline):
+            total = self._through_stages(self.model, batches, counts)
+        else:
+            total = torch.zeros_like(counts.targets)
+            for i, batch in enumerate(batches):
+                sync_gradients(self.model, now=i == len(batches) - 1)
+                losses = self.losses(batch, rows=counts.rows, depths=self.model.config.n_mtp) / divisors
+                (losses * self.weights).sum().backward()
+                total += losses.detach()
         reduce.complete(self.model)
         routers = self.model.routers().values()
         balance = sum((router.balance_value for router in routers), start=torch.zeros_like(total[0]))
-        reduced = reduce.total(torch.cat([total, balance[None].to(total.dtype)]), self.mesh)
+        if not self.mesh.sizes.expert_tp:  # each rank of tp has counted its own tokens
+            reduce.total(balance, self.mesh, axis="tp")
+        reduced = reduce.total(torch.cat([total, balance[None].to(total.dtype)]), self.mesh, axis="losses")
         return Terms(reduced[:-1], reduced[-1])
+
+    def _through_stages(self, model: Pipeline, batches: Sequence[Batch], counts: Counts) -> Tensor:
+        """Losses of all micro-batches, each a mean over the global batch, and their gradients (all but reductions)."""
+        divisors = counts.targets.clamp(min=1)
+        n = microbatches(model.plan, accumulation=len(batches))
+        total = torch.zeros_like(counts.targets)
+        for first in range(0, len(batches), n):
+            some = [batch.to(self.mesh.device) for batch in batches[first : first + n]]
+            objective = Objective(
+                targets=torch.cat([batch.targets for batch in some]),
+                mtp_tokens=torch.cat([batch.mtp_tokens for batch in some]),
+                mtp_targets=torch.cat([batch.mtp_targets for batch in some]),
+                rows=counts.rows,
+                loss=self.loss,
+            )
+            losses = model.run(
+                torch.cat([batch.tokens for batch in some]),
+                positions=torch.cat([batch.positions for batch in some]),
+                documents=torch.cat([batch.documents for batch in some]),
+                objective=objective,
+                n=n,
+                weigh=lambda losses: (losses / divisors * self.weights).sum(),
+                last=first + n == len(batches),
+            )
+            total += losses / divisors
+        return total
 
     def losses(self, batch: Batch, *, rows: Tensor | None, depths: int) -> Tensor:
         """(1 + depths,) summed losses of one micro-batch of this rank (parameters over dp_shard)."""
@@ -84,8 +119,18 @@ class TorchEngine:
         )
         return self.model(batch.tokens, positions=batch.positions, documents=batch.documents, objective=objective)
 
+    def filled(self) -> None:
+        """After values were read or drawn: stages that have a copy of something make it equal (a send over pp)."""
+        if not isinstance(self.model, Pipeline):
+            return
+        parameters = dict(self.model.named_parameters())
+        moments = optim.state(self.model, self.optimizer)
+        self.model.match_copies(parameters)
+        for key in sorted(next(iter(moments.values()))):
+            self.model.match_copies({name: state[key] for name, state in moments.items()})
+
     def update(self, *, max_norm: float) -> Tensor:
-        """Clip, step, forget the gradients; the gradient norm before clipping (norm over dp_shard and tp)."""
+        """Clip, step, forget the gradients; the gradient norm before clipping (norm over all axes of a copy)."""
         norm = reduce.norm(self.model, self.mesh)
         reduce.clip(reduce.gradients(self.model), norm=norm, max_norm=max_norm)
         self.optimizer.step()
@@ -96,10 +141,13 @@ class TorchEngine:
         """The live tensors that a checkpoint holds and is read into."""
         model = self.model.state_dict()  # first: it shards anew what FSDP2 has left whole after an evaluation
         moments = optim.state(self.model, self.optimizer).items()
+        copies = self.model.copies if isinstance(self.model, Placed) else frozenset()
         return {
             "model": reduce.views(self.model, model),
             "optimizer": {
-                name: {key: reduce.view(self.model, name, x) for key, x in state.items()} for name, state in moments
+                name: {key: reduce.view(self.model, name, x) for key, x in state.items()}
+                for name, state in moments
+                if name not in copies
             },
         }
 

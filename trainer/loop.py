@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from parallel.config import accumulation
+from parallel.config_fit import accumulation
 from parallel.mesh import Mesh
 from trainer import balance, optim, schedule
 from trainer.checkpoint import Checkpoints

@@ -7,8 +7,7 @@ from typing import Protocol, Self
 from parallel.mesh import Mesh
 from trainer.config import TrainConfig
 from trainer.record import whole
-from zoo.decoder import Decoder
-from zoo.generate import generate
+from zoo.generate import Model, generate
 
 
 class Tokenizer(Protocol):
@@ -48,7 +47,7 @@ class Sampler:
             return None
         return cls(tokenizer, folder, mesh, train.sample_prompt, train.sample_tokens)
 
-    def write(self, model: Decoder, *, step: int) -> None:
+    def write(self, model: Model, *, step: int) -> None:
         """Sample and write ``step-00000100.txt`` (parameters over dp_shard)."""
         prompt = [self.tokenizer.eos, *self.tokenizer.encode(self.prompt)]  # as a document begins in training
         added = generate(model, prompt=prompt, n_tokens=self.n_tokens, device=self.mesh.device)

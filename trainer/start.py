@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.apply import fill, fill_fresh
+from parallel.pipeline import Pipeline
 from parallel.reduce import views
 from trainer import manifest
 from trainer.checkpoint import Checkpoints
@@ -34,6 +35,7 @@ def start(engine: TorchEngine, *, checkpoints: Checkpoints, stream: Stream, seed
     progress = checkpoints.restore(engine.state())
     init = checkpoints.config.init
     if progress is not None:
+        engine.filled()
         if init is not None and engine.mesh.rank == 0:
             log.warning("checkpoint.init=%s: passed over, this run goes on from its own checkpoint", init)
         stream.load_state_dict(progress["stream"])
@@ -42,10 +44,11 @@ def start(engine: TorchEngine, *, checkpoints: Checkpoints, stream: Stream, seed
         fill_fresh(engine.model, seed=seed)
     else:
         fill_from(engine.model, Path(init))
+    engine.filled()
     return State()
 
 
-def fill_from(model: Decoder, folder: Path) -> None:
+def fill_from(model: Decoder | Pipeline, folder: Path) -> None:
     """Set all weights, and routers' biases, from a ``step-…`` or Hugging Face folder.
 
     Raises:

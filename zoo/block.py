@@ -29,8 +29,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tally | None]:
         """Map (B, T, D) to (B, T, D), with what its router counted."""
+        return self.fed(self.mixed(x, context), context)
+
+    def mixed(self, x: Tensor, context: Context) -> Tensor:
+        """The first half: (B, T, D) and what its tokens see of each other."""
         y = self._mix(_through(self.mixer_norm, x), context)
-        x = x + _through(self.mixer_post_norm, y)
+        return x + _through(self.mixer_post_norm, y)
+
+    def fed(self, x: Tensor, context: Context) -> tuple[Tensor, Tally | None]:
+        """The second half: (B, T, D) and what each token becomes, with what the router counted."""
         y, tally = self._feed_forward(_through(self.ff_norm, x), context)
         return x + _through(self.ff_post_norm, y), tally
 

@@ -19,9 +19,16 @@ class Convolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, taps))
 
-    def forward(self, x: Tensor, *, documents: Tensor | None) -> Tensor:
-        """Map (B, T, channels) to the same; ``documents`` (B, T) differ between the documents of a row."""
-        return _Convolution.apply(x, self.weight, documents)
+    def forward(self, x: Tensor, *, documents: Tensor | None, part: int = 0, parts: int = 1) -> Tensor:
+        """Map (B, T, channels) to the same.
+
+        Args:
+            x: what is filtered; with several ``parts``, one of that many equal runs of channels.
+            documents: (B, T), which differ between the documents of a row; None: each row is one.
+            part: which run, from 0.
+            parts: how many runs.
+        """
+        return _Convolution.apply(x, self.weight.chunk(parts)[part], documents)
 
 
 class _Convolution(torch.autograd.Function):

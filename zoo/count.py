@@ -109,6 +109,11 @@ def flops_per_token(config: ModelConfig, *, seq_len: int) -> Flops:
     return Flops(6 * main, attention, mtp)
 
 
+def forward_flops(layer: BlockConfig, *, d_model: int, seq_len: int) -> int:
+    """Operations of the forward of one layer for one token of a row: a third of what training needs, rounded down."""
+    return 2 * _products(layer, d=d_model) + _attention_flops(layer, seq_len=seq_len) // 3
+
+
 def cache_per_token(config: ModelConfig) -> int:
     """Numbers that generation keeps for each token, windows and chunks disregarded; multi-token modules keep none."""
     return sum(_cached(layer) for layer in config.layers)

@@ -1,7 +1,7 @@
 """A decoder-only language model: embedding, blocks, norm, head."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,20 +36,53 @@ class Objective:
     loss: Loss
 
 
-class Decoder(nn.Module):
-    """Any architecture of the zoo. Constructors leave parameters empty: ``zoo.init`` or ``zoo.hf`` fills them."""
+@dataclass(frozen=True)
+class Part:
+    """Which part of a model a pipeline stage has: some blocks, what stands before them, and what stands after them.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Example: of three layers in two stages, the first has embedding and two: 0, 2, begins; the second 2, 3, ends.
+
+    Attributes:
+        first: its first block.
+        stop: one past its last block.
+        begins: it has the embedding: tokens come in.
+        ends: it has norm, head and multi-token modules: logits or losses come out.
+    """
+
+    first: int
+    stop: int
+    begins: bool
+    ends: bool
+
+    @classmethod
+    def whole(cls, config: ModelConfig) -> Self:
+        """All of a model."""
+        return cls(0, config.n_layers, begins=True, ends=True)
+
+    def embeds(self, config: ModelConfig) -> bool:
+        """Whether it has the embedding, or a copy of it: a tied head and multi-token modules read it too."""
+        return self.begins or (self.ends and (config.tied or config.n_mtp > 0))
+
+
+class Decoder(nn.Module):
+    """Any architecture of the zoo. Constructors leave parameters empty: ``zoo.init`` or ``zoo.hf`` fills them.
+
+    A pipeline stage is one too: parts that it lacks are None, blocks keep their numbers in the whole model.
+    """
+
+    def __init__(self, config: ModelConfig, part: Part | None = None) -> None:
         super().__init__()
         self.config = config
+        self.part = part = Part.whole(config) if part is None else part
         self.compute_dtype: torch.dtype | None = None  # of activations; None: that of the embedding
-        self.embed = Embedding(vocab_size=config.vocab_size, d_model=config.d_model)
-        learned = config.learned_positions
+        embeds, learned = part.embeds(config), config.learned_positions and part.begins
+        self.embed = Embedding(vocab_size=config.vocab_size, d_model=config.d_model) if embeds else None
         self.positions = Embedding(vocab_size=config.context, d_model=config.d_model) if learned else None
-        self.blocks = nn.ModuleDict({str(i): Block(layer, model=config) for i, layer in enumerate(config.layers)})
-        self.norm = norm(config.d_model, config.norm)
-        self.head = Head(config)
-        self.mtp = nn.ModuleList(MTP(config) for _ in range(config.n_mtp))
+        layers = config.layers
+        self.blocks = nn.ModuleDict({str(i): Block(layers[i], model=config) for i in range(part.first, part.stop)})
+        self.norm = norm(config.d_model, config.norm) if part.ends else None
+        self.head = Head(config) if part.ends else None
+        self.mtp = nn.ModuleList(MTP(config) for _ in range(config.n_mtp if part.ends else 0))
 
     def forward(
         self,
@@ -59,11 +92,11 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
         objective: Objective | None = None,
     ) -> Tensor:
-        """Logits, or losses.
+        """Logits, or losses; of a stage that does not end the model, states.
 
         Args:
-            tokens: (B, T) int64.
-            positions: (B, T), counted from the start of each document, which None does.
+            tokens: (B, T) int64; of a stage that does not begin the model, states (B, T, D) of the one before.
+            positions: (B, T), counted from the start of each document, which None does where the model begins.
             documents: (B, T), a number that differs between the documents of a row; None: one document.
             objective: what to predict; None: give logits.
 
@@ -73,29 +106,35 @@ class Decoder(nn.Module):
         Raises:
             ValueError: more tokens than learned positions.
         """
-        if positions is None:
-            if self.positions is not None and tokens.shape[1] > self.config.context:
-                limit = f"at most model.context ({self.config.context})"
-                raise ValueError(f"tokens of length {tokens.shape[1]}: must be {limit}, which has learned positions")
-            positions = positions_within(tokens if documents is None else documents, split=documents is not None)
-        x = self._embed(tokens)
-        if self.positions is not None:
-            x = x + self.positions(positions).to(x.dtype)
-        rows = None if objective is None else objective.rows
-        context = Context(positions, documents, x.dtype, self.config.context, rows)
+        x = tokens
+        if self.part.begins:
+            tokens, positions, documents = self.fitted(tokens, positions, documents)
+            x = self._begin(tokens, positions)
+        assert positions is not None, "only a stage that begins the model counts them by itself"
+        context = self._context(positions, documents, x.dtype, None if objective is None else objective.rows)
         for block in self.layers():
             x, tally = block(x, context)
             self._count(block.moe, tally)
-        h = self.norm(x)
-        if objective is None:
-            return self.head(h, self.embed.weight)
+        return self._end(x, context, objective) if self.part.ends else x
 
-        losses = [self.head(h, self.embed.weight, objective.targets, objective.loss)]
-        for depth, mtp in enumerate(self.depths()[: objective.mtp_tokens.shape[1]]):
-            h, tally = mtp(h, self._embed(objective.mtp_tokens[:, depth]), context)
-            self._count(mtp.block.moe, tally)
-            losses.append(self.head(h, self.embed.weight, objective.mtp_targets[:, depth], objective.loss))
-        return torch.stack(losses)
+    def fitted(
+        self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows as all stages take them: with positions; where ranks share their tokens, of a length that allows it.
+
+        Raises:
+            ValueError: more tokens than learned positions.
+        """
+        if positions is None:
+            if self.config.learned_positions and tokens.shape[1] > self.config.context:
+                limit = f"at most model.context ({self.config.context})"
+                raise ValueError(f"tokens of length {tokens.shape[1]}: must be {limit}, which has learned positions")
+            positions = positions_within(tokens if documents is None else documents, split=documents is not None)
+        return tokens, positions, documents
+
+    def states(self, rows: int, length: int) -> torch.Size:
+        """Shape of what one stage gives the next, for ``rows`` fitted rows: (B, T, D), or less of T on each rank."""
+        return torch.Size((rows, length, self.config.d_model))
 
     def layers(self) -> list[Block]:
         """Blocks in order; a pipeline stage has some of them."""
@@ -109,8 +148,39 @@ class Decoder(nn.Module):
         """Routers by module name, in the order of layers."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Router)}
 
+    def _own(self, x: Tensor, *, dim: int = 1) -> Tensor:
+        """Of something of each token of whole rows, what this rank computes with: all; ranks may share rows."""
+        return x
+
+    def _context(self, positions: Tensor, documents: Tensor | None, dtype: torch.dtype, rows: Tensor | None) -> Context:
+        """What layers share, of whole rows."""
+        return Context(positions, documents, dtype, self.config.context, rows)
+
+    def _begin(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The first states, of whole rows (B, T)."""
+        x = self._embed(tokens)
+        return x if self.positions is None else x + self.positions(self._own(positions)).to(x.dtype)
+
+    def _end(self, x: Tensor, context: Context, objective: Objective | None) -> Tensor:
+        """Logits or losses from the last states."""
+        assert self.norm is not None and self.head is not None, f"{self.part=}"
+        matrix = self.head.weight if self.embed is None else self.embed.weight
+        assert matrix is not None, f"{self.part=}"
+        h = self.norm(x)
+        if objective is None:
+            logits: Tensor = self.head(h, matrix)
+            return logits
+        losses = [self.head(h, matrix, self._own(objective.targets), objective.loss)]
+        for depth, mtp in enumerate(self.depths()[: objective.mtp_tokens.shape[1]]):
+            h, tally = mtp(h, self._embed(objective.mtp_tokens[:, depth]), context)
+            self._count(mtp.block.moe, tally)
+            losses.append(self.head(h, matrix, self._own(objective.mtp_targets[:, depth]), objective.loss))
+        return torch.stack(losses)
+
     def _embed(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
+        """States of this rank's tokens, of whole rows (B, T)."""
+        assert self.embed is not None, f"{self.part=}"
+        x: Tensor = self.embed(self._own(tokens))
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
         if self.config.scale_embed:

@@ -42,20 +42,40 @@ class DeltaNet(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix each token with those before it in its document: (B, T, D), normalised, to (B, T, D)."""
-        c, (B, T, _), mask = self.config, x.shape, context.mask()
-        documents = mask.pieces  # numbered anew: none twice in a row
-        wide = torch.promote_types(x.dtype, torch.float32)
-        q = F.silu(self.conv_q(self.wq(x), documents=documents)).view(B, T, -1, c.k_dim)  # -1: G is a share under TP
-        k = F.silu(self.conv_k(self.wk(x), documents=documents)).view(B, T, -1, c.k_dim)  # (B, T, G, K)
-        v = F.silu(self.conv_v(self.wv(x), documents=documents)).view(B, T, -1, c.v_dim)  # (B, T, H, V)
-
-        beta = self.wb(x).to(wide).sigmoid()  # (B, T, H)
-        log_decay, dt_bias = (each.to(x.dtype).to(wide) for each in (self.log_decay, self.dt_bias))
-        decay = -log_decay.exp() * F.softplus(self.wa(x).to(wide) + dt_bias)  # (B, T, H)
-        if self.chosen is Rule.fla:
-            y = delta_fla.chunked(q, k, v, beta=beta, decay=decay, ends=None if documents is None else mask.ends)
-        else:
-            y = chunked(q, k, v, beta=beta, decay=decay, documents=documents)
-
-        gate = F.silu(self.wg(x).to(wide)).view(y.shape)
+        y = self._remembered(self.wq(x), self.wk(x), self.wv(x), self.wb(x), self.wa(x), context)  # (B, T, H, V)
+        gate = F.silu(self.wg(x).to(torch.promote_types(x.dtype, torch.float32))).view(y.shape)
         return self.wo((self.norm(y) * gate).to(x.dtype).flatten(2))
+
+    def _remembered(
+        self, q: Tensor, k: Tensor, v: Tensor, b: Tensor, a: Tensor, context: Context, *, part: int = 0, parts: int = 1
+    ) -> Tensor:
+        """Convolve the projections of whole rows, and read the memory of them.
+
+        Args:
+            q: (B, T, G · K), of all heads, or of one of several equal runs of them.
+            k: (B, T, G · K).
+            v: (B, T, H · V).
+            b: (B, T, H), the logit of a writing strength.
+            a: (B, T, H), of which comes the decay.
+            context: of the rows.
+            part: which run of heads, from 0.
+            parts: how many runs.
+
+        Returns:
+            (B, T, H, V), of the same heads.
+        """
+        c, mask, run = self.config, context.mask(), {"part": part, "parts": parts}
+        documents = mask.pieces  # numbered anew: none twice in a row
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q = F.silu(self.conv_q(q, documents=documents, **run)).unflatten(-1, (-1, c.k_dim))
+        k = F.silu(self.conv_k(k, documents=documents, **run)).unflatten(-1, (-1, c.k_dim))  # (B, T, G, K)
+        v = F.silu(self.conv_v(v, documents=documents, **run)).unflatten(-1, (-1, c.v_dim))  # (B, T, H, V)
+
+        beta = b.to(wide).sigmoid()  # (B, T, H)
+        log_decay, dt_bias = (
+            each.chunk(parts)[part].to(a.dtype).to(wide) for each in (self.log_decay, self.dt_bias)
+        )  # (H,)
+        decay = -log_decay.exp() * F.softplus(a.to(wide) + dt_bias)  # (B, T, H)
+        if self.chosen is Rule.fla:
+            return delta_fla.chunked(q, k, v, beta=beta, decay=decay, ends=None if documents is None else mask.ends)
+        return chunked(q, k, v, beta=beta, decay=decay, documents=documents)

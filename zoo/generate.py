@@ -1,13 +1,29 @@
 """Sampling, for looking at a model while it trains."""
 
-import torch
+from typing import Any, Protocol
 
-from zoo.decoder import Decoder
+import torch
+from torch import Tensor
+
+from zoo.config import ModelConfig
+
+
+class Model(Protocol):
+    """What is sampled from: a decoder, or something that looks like one."""
+
+    config: ModelConfig
+    training: bool
+
+    def __call__(self, tokens: Tensor, /) -> Any:
+        """Logits (B, T, V) of tokens (B, T)."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Make it count, or not, what routers choose."""
 
 
 @torch.no_grad()
 def generate(
-    model: Decoder, *, prompt: list[int], n_tokens: int, device: torch.device, temperature: float = 0.0, seed: int = 0
+    model: Model, *, prompt: list[int], n_tokens: int, device: torch.device, temperature: float = 0.0, seed: int = 0
 ) -> list[int]:
     """Continue a prompt, with the whole forward for every token: no cache, so that it is right for every architecture.
 
@@ -25,7 +41,7 @@ def generate(
         The added tokens.
     """
     was_training = model.training
-    model.eval()
+    model.train(False)
     generator = torch.Generator(device=device).manual_seed(seed)
     tokens = torch.tensor([prompt], device=device)
     for _ in range(n_tokens):

@@ -11,6 +11,7 @@ from zoo.kernel_plain import plain
 from zoo.kernel_varlen import varlen
 from zoo.linear import product_dtype
 from zoo.mask import Mask
+from zoo.section import Section
 from zoo.temperature import sharpening
 
 
@@ -37,7 +38,7 @@ class Kernel(nn.Module):
         assert chosen is not None, f"{self.needs=}"
         self.chosen: KernelName = chosen
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, sinks: Tensor | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Section, *, sinks: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
@@ -60,8 +61,23 @@ class Kernel(nn.Module):
         attend = plain if self.chosen is KernelName.plain else flex
         return attend(q, k, v, mask, scale=self.scale, softcap=self.softcap, factors=factors, sinks=sinks)
 
+    def prepare(self, mask: Mask) -> None:
+        """Make what the kernel reads of a row's mask, which compiled code may not."""
+        render(mask, self.chosen)
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float) -> Tensor:
+
+def render(mask: Mask | Section, kernel: KernelName) -> None:
+    """Make what a kernel reads of a mask."""
+    parts = {
+        KernelName.plain: lambda: mask.pieces,
+        KernelName.sdpa: lambda: mask.dense,
+        KernelName.flex: lambda: mask.blocks,
+        KernelName.varlen: lambda: (mask.ends, mask.key_ends),
+    }
+    parts[kernel]()
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Section, *, scale: float) -> Tensor:
     """Attend by torch's kernels; shapes and arguments as in ``zoo.kernel_plain.plain``."""
     width = v.shape[-1]
     if width < q.shape[-1]:  # torch's fused kernels want one width: padded zeros cost half of what its fallback does

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from zoo.mask import Mask
+from zoo.section import Section
 
 
 def flex(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask,
+    mask: Mask | Section,
     *,
     scale: float,
     softcap: float | None = None,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from zoo.mask import Mask
+from zoo.section import Section
 
 SCORES = 2**20
 """Scores held at once, for all rows and heads of a part of the queries: 4 MiB in fp32, near a core's cache.
@@ -20,7 +21,7 @@ def plain(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask,
+    mask: Mask | Section,
     *,
     scale: float,
     softcap: float | None = None,
@@ -55,7 +56,7 @@ class _Attend(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
         factors: Tensor | None,
-        mask: Mask,
+        mask: Mask | Section,
         scale: float,
         softcap: float | None,
     ) -> Tensor:
@@ -120,7 +121,7 @@ class _Heads:
         v: Tensor,
         sinks: Tensor | None,
         factors: Tensor | None,
-        mask: Mask,
+        mask: Mask | Section,
         scale: float,
         softcap: float | None,
     ) -> None:
@@ -135,7 +136,7 @@ class _Heads:
     def parts(self) -> Iterator[tuple[range, range]]:
         """Consecutive queries, so many that their scores are not too many, with the keys within their reach."""
         B, G, shared, T, _ = self.q.shape
-        step = max(1, min(T, SCORES // (B * G * shared * T)))
+        step = max(1, min(T, SCORES // (B * G * shared * self.k.shape[2])))
         for first in range(0, T, step):
             queries = range(first, min(first + step, T))
             yield queries, self.mask.reach(queries)

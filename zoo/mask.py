@@ -1,7 +1,7 @@
 """Who may attend to whom, as data; each kernel renders it in its own way."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+    from zoo.section import Section
 
 
 @dataclass
@@ -22,12 +24,16 @@ class Mask:
         positions: (B, T), counted from the start of each document.
         window: keys that a query sees at most, its own included; None: all before it.
         chunk: tokens of a document that see each other: 0 … chunk − 1, chunk … 2 chunk − 1, …; None: all.
+        sections: made of it by ``zoo.section``, by first and last query.
+        tables: made by ``table``, by their size.
     """
 
     documents: Tensor | None
     positions: Tensor
     window: int | None = None
     chunk: int | None = None
+    sections: dict[tuple[int, int], "Section"] = field(default_factory=dict, repr=False, compare=False)
+    tables: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         length = self.positions.shape[1]
@@ -97,12 +103,50 @@ class Mask:
             allowed = allowed & (here[:, :, None] == there[:, None, :])
         return allowed[:, None]
 
+    def table(self, runs: int) -> Tensor | None:
+        """What queries of each of some equal runs of columns see of keys of each, made once; None: plain causal.
+
+        The host waits for it. It is of all rows together, where there are documents.
+
+        Example: documents 0 0 0 0 1 1 in three runs, of which the last sees nothing of the others, and in two:
+
+            2 . .      2 .
+            2 2 .      1 1
+            . . 2
+
+        Returns:
+            (runs, runs) uint8 on the host: 0 nothing, 1 some, 2 everything that is not in the future.
+        """
+        if self.is_causal:
+            return None
+        if runs not in self.tables:
+            size = self.positions.shape[1] // runs
+            first = torch.arange(0, runs * size, size, device=self.positions.device)
+            last = first + size - 1
+            some = first[:, None] >= first
+            every = some
+            if self.window is not None:
+                some = some & (first[:, None] - last < self.window)
+                every = every & (last[:, None] - first < self.window)
+            if self.pieces is not None:  # numbered in order: between two of one piece there is no other
+                start, end = self.pieces[:, first], self.pieces[:, last]
+                near = (start[:, :, None] == end[:, None]) | torch.eye(runs, dtype=torch.bool, device=first.device)
+                some = some & near.any(0)
+                every = every & (end[:, :, None] == start[:, None]).all(0)
+            self.tables[runs] = (some.to(torch.uint8) + (some & every).to(torch.uint8)).cpu()
+        return self.tables[runs]
+
     @property
     def predicate(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """``dense`` as a function of scalar tensors row of the batch, head, query and key, for flex attention."""
+        return self.shifted(0, 0)
+
+    def shifted(self, first_query: int, first_key: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """``predicate`` of queries and keys that are counted from these."""
         pieces, window = self.pieces, self.window
 
         def allowed(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            query, key = query + first_query, key + first_key
             sees = key <= query
             if window is not None:
                 sees = sees & (query - key < window)
@@ -132,19 +176,36 @@ class Mask:
         starting[:, 1:] = self.pieces[:, 1:] != self.pieces[:, :-1]
         return F.pad(starting.flatten().nonzero()[:, 0].to(torch.int32), (0, 1), value=B * T)
 
+    @property
+    def key_ends(self) -> Tensor:
+        """``ends`` of the keys, which are those of the queries."""
+        return self.ends
+
     @cached_property
     def blocks(self) -> "BlockMask":
         """As flex attention wants it: which tiles of ``dense`` are empty, full or mixed, made without holding it."""
-        from torch.nn.attention.flex_attention import create_block_mask  # 0.4 s, for this kernel only
-
-        B, T = self.positions.shape if self.pieces is None else self.pieces.shape
-        rows = None if self.pieces is None or B == 1 else B
-        device = self.positions.device
-        # Eager, it holds the dense mask for a moment; compiled, a tile.
-        return create_block_mask(self.predicate, rows, None, T, T, device=device, _compile=device.type == "cuda")
+        length = self.positions.shape[1]
+        return tiles(self, self.predicate, queries=length, keys=length)
 
     @property
     def longest(self) -> int:
         """Tokens that no piece exceeds, known without asking the device."""
         length = self.positions.shape[1]
         return length if self.chunk is None else self.chunk
+
+    @property
+    def key_longest(self) -> int:
+        """``longest`` of the keys, which is that of the queries."""
+        return self.longest
+
+
+def tiles(
+    mask: Mask, allowed: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], *, queries: int, keys: int
+) -> "BlockMask":
+    """Which tiles of what ``allowed`` says are empty, full or mixed."""
+    from torch.nn.attention.flex_attention import create_block_mask  # 0.4 s, for this kernel only
+
+    rows = None if mask.pieces is None or mask.pieces.shape[0] == 1 else mask.pieces.shape[0]
+    device = mask.positions.device
+    # Eager, it holds the dense mask for a moment; compiled, a tile.
+    return create_block_mask(allowed, rows, None, queries, keys, device=device, _compile=device.type == "cuda")

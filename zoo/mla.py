@@ -45,12 +45,17 @@ class MLA(nn.Module):
         q = self.wq(latent).view(B, T, -1, c.nope_dim + c.rope_dim)  # (B, T, H, N+R); -1: H is a share under TP
         q_nope, q_rope = q.split([c.nope_dim, c.rope_dim], dim=-1)
 
-        latent, k_rope = self.wkv_down(x).split([c.kv_rank, c.rope_dim], dim=-1)  # (B, T, C), (B, T, R)
-        kv = self.wkv(self.kv_norm(latent)).view(B, T, -1, c.nope_dim + c.v_dim)  # (B, T, H, N+U)
+        latent, k_rope = self._latent(x, context)  # (B, T, C), (B, T, R)
+        kv = self.wkv(latent).unflatten(-1, (-1, c.nope_dim + c.v_dim))  # (B, T, H, N+U)
         k_nope, v = kv.split([c.nope_dim, c.v_dim], dim=-1)
 
-        k_rope = rotate(k_rope[:, :, None]).expand(-1, -1, q.shape[2], -1)  # (B, T, H, R)
         q = torch.cat([q_nope, rotate(q_rope)], dim=-1)
-        k = torch.cat([k_nope, k_rope], dim=-1)
+        k = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, q.shape[2], -1)], dim=-1)  # (B, T, H, N+R)
         y = self.kernel(q, k, v, context.mask())  # (B, T, H, U)
         return self.wo(y.flatten(2))
+
+    def _latent(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """What a cache would hold of each token: a latent (B, T, C), normalised, and a rotated key part (B, T, R)."""
+        c = self.config
+        latent, k_rope = self.wkv_down(x).split([c.kv_rank, c.rope_dim], dim=-1)
+        return self.kv_norm(latent), context.rotation(c.rope, dim=c.rope_dim)(k_rope[:, :, None])[:, :, 0]

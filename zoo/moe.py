@@ -12,7 +12,7 @@ from zoo.dispatch import Dispatcher
 from zoo.experts import Experts
 from zoo.linear import Linear
 from zoo.mlp import MLP
-from zoo.router import AttachLoss, Router, Routing, Tally
+from zoo.router import AttachLoss, Router, Tally
 
 
 class MoE(nn.Module):
@@ -37,23 +37,27 @@ class MoE(nn.Module):
         """Map (B, T, D) to (B, T, D) and count; under training the balance loss rides on the result's gradient."""
         tokens = x.flatten(0, 1)  # (N, D)
         routing = self.router(tokens)
-        routed, counts = self._routed(tokens, routing)
-        y = routed.view_as(x)
-        if self.shared is not None:
-            shared = self.shared(x)
-            y = y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
+        sent = self.dispatcher.dispatch(
+            tokens,
+            routing.chosen,
+            n_experts=routing.scores.shape[-1],
+            weights=routing.weights,
+            early=self.scale_input,
+        )
+        shared = self._shared(x)  # while tokens travel, where experts are on other ranks
+        sent = self.dispatcher.arrived(sent)
+        y = self.dispatcher.combine(self.experts(sent.rows, sent.counts), sent).view_as(x)
+        if shared is not None:
+            y = y + shared
 
         balance = torch.zeros_like(self.router.balance_value)
         if context.rows is not None and self.router.config.balance_loss > 0:
             balance = self.router.balance_loss(routing.scores, rows=x.shape[0]) / context.rows
             y = AttachLoss.apply(y, balance if self.balance_share == 1 else balance * self.balance_share)
-        return y, Tally(counts, balance.detach())
+        return y, Tally(sent.load, balance.detach())
 
-    def _routed(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """What the chosen experts make of tokens (N, D), summed: (N, D); and (E,) how many each got."""
-        before, after = None, routing.weights
-        if self.scale_input:
-            before, after = routing.weights, torch.ones_like(routing.weights)
-        n_experts = routing.scores.shape[-1]
-        sent = self.dispatcher.dispatch(tokens, routing.chosen, n_experts=n_experts, weights=before)
-        return self.dispatcher.combine(self.experts(sent.rows, sent.counts), sent, after), sent.counts
+    def _shared(self, x: Tensor) -> Tensor | None:
+        if self.shared is None:
+            return None
+        shared: Tensor = self.shared(x)
+        return shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared

@@ -44,12 +44,16 @@ class Router(nn.Module):
             ``config.balance_rate``.
         load: (E,), tokens sent to each expert since the last update.
         balance_value: scalar, the balance loss since the last update.
+
+    Attributes:
+        row_parts: ranks that have a part of each row's tokens, and add its part of the balance loss.
     """
 
     def __init__(self, config: MoEConfig, *, d_model: int) -> None:
         super().__init__()
         self.config = config.router
         self.top_k = config.top_k
+        self.row_parts = 1
         n_experts, balanced = config.n_experts, config.router.balance_rate is not None
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
@@ -108,15 +112,20 @@ class Router(nn.Module):
         """Sequence-wise balance loss, equations 17 to 20, summed over ``rows`` rows; experts count unbiased, ungrouped.
 
         Made for sigmoids; the softmax's scores are shares already. A row whose tokens spread evenly costs
-        ``config.balance_loss``.
+        ``config.balance_loss``. Where ranks share rows, each gives its summand: fractions are those of whole rows,
+        shares those of its tokens.
         """
         n_experts = scores.shape[-1]
         shares = (scores / scores.sum(dim=-1, keepdim=True)).view(rows, -1, n_experts)
         chosen = scores.detach().topk(self.top_k, dim=-1, sorted=False).indices.view(rows, -1)
         ones = torch.ones_like(chosen, dtype=scores.dtype)
         counts = scores.new_zeros(rows, n_experts).scatter_add_(1, chosen, ones)  # (B, E)
-        fractions = counts * (n_experts / chosen.shape[1])
-        return self.config.balance_loss * (fractions * shares.mean(dim=1)).sum()
+        fractions = self._over_rows(counts) * (n_experts / (chosen.shape[1] * self.row_parts))
+        return self.config.balance_loss / self.row_parts * (fractions * shares.mean(dim=1)).sum()
+
+    def _over_rows(self, counts: Tensor) -> Tensor:
+        """(B, E) choices of whole rows, from those of the tokens that are here; without a gradient."""
+        return counts
 
     @torch.no_grad()
     def tally(self, stats: "Tally") -> None:

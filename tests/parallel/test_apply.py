@@ -5,7 +5,8 @@ import torch
 from models import compose
 
 from parallel.apply import build, describe
-from parallel.config import Dtype, KernelChoice, ParallelConfig, PrecisionConfig, Remat, Reshard, Sizes
+from parallel.config import Dtype, KernelChoice, ParallelConfig, PrecisionConfig, Remat, Reshard
+from parallel.config_fit import Sizes
 from parallel.kernels import choose_kernels
 from parallel.mesh import Mesh, MeshError, open_mesh
 from zoo.decoder import Decoder

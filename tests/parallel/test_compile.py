@@ -7,8 +7,9 @@ from micro import alone, loss, made, outcome, small
 from models import SHIPPED
 from torch._dynamo.utils import counters
 
-from parallel.config import ParallelConfig, Remat, Reshard, Sizes
-from parallel.mesh import Mesh, MeshError
+from parallel.config import ParallelConfig, Remat, Reshard
+from parallel.config_fit import Sizes
+from parallel.mesh import MeshError, lay_out
 from zoo.attention import Attention
 
 TRACED = "aot_eager_decomp_partition"  # traces, differentiates and decomposes as inductor does, and generates no code
@@ -67,10 +68,9 @@ def test_generated_code_has_the_same_losses_and_gradients(name):
 
 def sharded(plans):
     rank, config = torch.distributed.get_rank(), small("llama3_tiny")
-    grid = torch.distributed.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
     results = []
     for plan in plans:
-        model = made(config, Mesh(Sizes(1, 2), torch.device("cpu"), grid, rank), plan, TRACED)
+        model = made(config, lay_out(Sizes(1, 2), device=torch.device("cpu"), rank=rank), plan, TRACED)
         results.append((outcome(model, [rank, rank + 2]), [*model.state_dict()], counters["stats"]["unique_graphs"]))
     return results
 

@@ -1,6 +1,7 @@
 import pytest
 
-from parallel.config import Dtype, ParallelConfig, PrecisionConfig, Sizes, accumulation, check_tensor, fit
+from parallel.config import Dtype, ParallelConfig, PrecisionConfig
+from parallel.config_fit import Sizes, accumulation, check_tensor, fit
 
 
 def test_what_is_left_of_the_processes_shares_a_copy():

@@ -7,8 +7,9 @@ from distributed import run
 from data.batch import Batch
 from parallel import reduce
 from parallel.apply import build, fill_fresh
-from parallel.config import Dtype, ParallelConfig, PrecisionConfig, fit
-from parallel.mesh import Mesh, open_mesh
+from parallel.config import Dtype, ParallelConfig, PrecisionConfig
+from parallel.config_fit import fit
+from parallel.mesh import lay_out, open_mesh
 from trainer import balance, optim
 from trainer.config import OptimConfig, OptimKind, TrainConfig
 from trainer.engine import TorchEngine, count
@@ -94,9 +95,7 @@ def joined(sizes):
     """The mesh of a process that the test's harness has put into a group already."""
     if sizes.dp == 1:
         return open_mesh(sizes, rank=0, local_rank=0)
-    names = ("dp_replicate", "dp_shard")
-    grid = torch.distributed.init_device_mesh("cpu", (sizes.dp_replicate, sizes.dp_shard), mesh_dim_names=names)
-    return Mesh(sizes, torch.device("cpu"), grid, torch.distributed.get_rank())
+    return lay_out(sizes, device=torch.device("cpu"), rank=torch.distributed.get_rank())
 
 
 @pytest.mark.parametrize("tied", [False, True])

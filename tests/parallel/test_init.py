@@ -10,8 +10,9 @@ from models import compose
 
 from parallel import reduce
 from parallel.apply import build, fill_fresh
-from parallel.config import Dtype, PrecisionConfig, Sizes
-from parallel.mesh import Mesh, open_mesh
+from parallel.config import Dtype, PrecisionConfig
+from parallel.config_fit import Sizes
+from parallel.mesh import lay_out, open_mesh
 from zoo import init
 
 PRECISION = PrecisionConfig(Dtype.fp32, Dtype.fp32)
@@ -22,9 +23,7 @@ def spread(sizes):
     """The mesh of a process that the test's harness has put into a group already."""
     if sizes.dp == 1:
         return open_mesh(sizes, rank=0, local_rank=0)
-    names = ("dp_replicate", "dp_shard")
-    grid = torch.distributed.init_device_mesh("cpu", (sizes.dp_replicate, sizes.dp_shard), mesh_dim_names=names)
-    return Mesh(sizes, torch.device("cpu"), grid, torch.distributed.get_rank())
+    return lay_out(sizes, device=torch.device("cpu"), rank=torch.distributed.get_rank())
 
 
 def fresh(names, sizes):

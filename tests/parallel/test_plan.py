@@ -15,6 +15,10 @@ def shapes(config):
         return {name: p.shape for name, p in Decoder(config).named_parameters()}
 
 
+def experts(config):
+    return max(layer.moe.n_experts for layer in config.layers if layer.moe is not None)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_parameter_of_every_model_matches_one_row(name):
     published = compose(name)
@@ -23,7 +27,8 @@ def test_every_parameter_of_every_model_matches_one_row(name):
     for parameter, shape in shapes(config).items():
         row = find(parameter, config=config)  # asserts that it is one
         assert row.dim is None or row.dim < len(shape), parameter
-        assert (row.dim is None) == (row.kind is Kind.whole), parameter
+        assert row.kind is Kind.expert or (row.dim is None) == (row.kind is Kind.whole), parameter
+        assert (row.kind is Kind.expert) == (".experts." in parameter and shape[0] == experts(config)), parameter
 
 
 def test_every_row_is_used_by_a_shipped_model():

@@ -8,8 +8,9 @@ from models import compose
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from parallel.config import ParallelConfig, Remat, Reshard, Sizes
-from parallel.mesh import Mesh
+from parallel.config import ParallelConfig, Remat, Reshard
+from parallel.config_fit import Sizes
+from parallel.mesh import lay_out
 
 FAMILIES = ["llama3_tiny", "deepseek_v3_tiny", "gpt_oss_tiny", "qwen3_next_tiny", "grok2_tiny"]
 RECOMPUTED = [Remat.block, Remat.selective]
@@ -40,10 +41,9 @@ def test_what_is_computed_again_changes_no_bit_and_no_name(name):
 def sharded(name, plans):
     """Under each plan on two ranks: one process's outcome of both ranks' rows must be the sum."""
     rank, config = torch.distributed.get_rank(), small(name)
-    grid = torch.distributed.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
     results = []
     for plan in plans:
-        model = made(config, Mesh(Sizes(1, 2), torch.device("cpu"), grid, rank), plan)
+        model = made(config, lay_out(Sizes(1, 2), device=torch.device("cpu"), rank=rank), plan)
         with torch.no_grad():
             loss(model, 9)  # an evaluation, after which parameters may stay gathered
         results.append((outcome(model, [rank, rank + 2]), [*model.state_dict()]))

@@ -10,7 +10,8 @@ from sharing import EXACT, FAMILIES, LENGTH, ROWS, SETTINGS, Case, joined, rando
 
 from parallel import reduce
 from parallel.apply import build, fill, fill_fresh
-from parallel.config import Dtype, ParallelConfig, PrecisionConfig, Remat, fit
+from parallel.config import Dtype, ParallelConfig, PrecisionConfig, Remat
+from parallel.config_fit import fit
 
 SINGLE, TP2, TP4 = ParallelConfig(1, 1), ParallelConfig(1, 1, tp=2), ParallelConfig(1, 1, tp=4)
 MIXED = ParallelConfig(1, 2, tp=2)

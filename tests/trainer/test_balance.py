@@ -2,7 +2,7 @@ import pytest
 import torch
 from models import compose, randomized
 
-from parallel.config import Sizes
+from parallel.config_fit import Sizes
 from parallel.mesh import Mesh
 from trainer import balance
 from zoo.config_ff import MoEConfig, RouterConfig, Score

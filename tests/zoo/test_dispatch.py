@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,23 +22,25 @@ def choices(draw):
 @given(choices())
 def test_tokens_come_back_weighted_from_their_own_experts(case):
     x, chosen, weights, n_experts = case
-    sent = Dispatcher().dispatch(x, chosen, n_experts=n_experts)
+    sent = Dispatcher().dispatch(x, chosen, n_experts=n_experts, weights=weights)
     assert sent.counts.tolist() == [(chosen == expert).sum().item() for expert in range(n_experts)]
+    assert torch.equal(sent.load, sent.counts)
     owners = torch.repeat_interleave(torch.arange(n_experts), sent.counts)
     y = sent.rows * (owners[:, None] + 1)  # expert e multiplies by e + 1
-    got = Dispatcher().combine(y, sent, weights)
+    got = Dispatcher().combine(y, sent)
 
     want = (weights * (chosen + 1)).sum(dim=1, keepdim=True) * x
     torch.testing.assert_close(got, want)
     tensors = [each.requires_grad_() for each in (y.detach(), weights)]
-    assert torch.autograd.gradcheck(lambda y, w: Dispatcher().combine(y, sent, w), tensors)
+    assert torch.autograd.gradcheck(lambda y, w: Dispatcher().combine(y, replace(sent, weights=w)), tensors)
 
 
 @settings(max_examples=30, deadline=None)
 @given(choices())
 def test_each_copy_is_weighted_for_its_own_expert_on_the_way_there(case):
     x, chosen, weights, n_experts = case
-    sent = Dispatcher().dispatch(x, chosen, n_experts=n_experts, weights=weights)
+    sent = Dispatcher().dispatch(x, chosen, n_experts=n_experts, weights=weights, early=True)
+    assert torch.equal(sent.weights, torch.ones_like(weights))  # and not on the way back again
     start = 0
     for expert, count in enumerate(sent.counts.tolist()):
         tokens, slots = (chosen == expert).nonzero(as_tuple=True)
@@ -45,5 +49,5 @@ def test_each_copy_is_weighted_for_its_own_expert_on_the_way_there(case):
         start += count
     tensors = [x.requires_grad_(), weights.requires_grad_()]
     assert torch.autograd.gradcheck(
-        lambda x, w: Dispatcher().dispatch(x, chosen, n_experts=n_experts, weights=w).rows, tensors
+        lambda x, w: Dispatcher().dispatch(x, chosen, n_experts=n_experts, weights=w, early=True).rows, tensors
     )

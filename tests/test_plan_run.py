@@ -1,4 +1,4 @@
-"""Runs of ``train.py`` whose processes share layers, against one process; checkpoints move between the two."""
+"""Runs of ``train.py`` under plans of several processes, against one; checkpoints move between all of them."""
 
 import json
 import shutil
@@ -61,11 +61,26 @@ def alone(tmp_path_factory):
     return run_dir, train(run_dir)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_shared_layers_have_the_losses_and_the_checkpoints_of_one_process(tmp_path, alone, processes):
+PLANS = {
+    "tp_fsdp": 4,
+    "pp_fsdp": 4,
+    "ep_fsdp": 2,
+    "cp_fsdp": 2,
+    "five_axes": 8,
+    "hsdp": 4,
+    "pp_fsdp parallel.pipeline.schedule=zbv": 2,
+    "five_axes parallel.pipeline.schedule=dualpipev parallel.context=ulysses": 8,
+    "five_axes parallel.ep=4 parallel.expert_tp=false parallel.context=ring parallel.remat=block": 8,
+}
+
+
+CASES = [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] != "five_axes")) for case in PLANS.items()]
+
+
+@pytest.mark.parametrize("plan, processes", CASES)
+def test_a_plan_has_the_losses_and_the_checkpoints_of_one_process(tmp_path, alone, plan, processes):
     run_dir, want = alone
-    same_numbers(train(tmp_path / "run", "parallel=tp_fsdp", processes=processes), want)
+    same_numbers(train(tmp_path / "run", *f"parallel={plan}".split(), processes=processes), want)
     same_tensors(tensors(tmp_path / "run", 3), tensors(run_dir, 3))
 
 
@@ -80,20 +95,32 @@ def test_a_run_changes_plan_at_every_checkpoint(tmp_path, alone):
     run_dir = tmp_path / "run"
     train(run_dir, "parallel=tp_fsdp", processes=2)
     drop(run_dir, 2, 3)
-    train(run_dir)
+    train(run_dir, "parallel=pp_fsdp", "parallel.ep=2", processes=4)
     drop(run_dir, 3)
-    same_numbers(train(run_dir, "parallel=tp_fsdp", processes=2), want)
+    same_numbers(train(run_dir), want)
     same_tensors(tensors(run_dir, 3), tensors(alone_dir, 3))
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bitwise(tmp_path):
-    whole = train(tmp_path / "whole", "parallel=tp_fsdp", processes=2)
+@pytest.mark.parametrize("plan, processes", [("five_axes", 8), ("pp_fsdp", 2)])
+def test_a_run_under_one_plan_goes_on_under_another(tmp_path, alone, plan, processes):
+    alone_dir, want = alone
+    run_dir = tmp_path / "run"
+    train(run_dir)
+    drop(run_dir, 2, 3)
+    same_numbers(train(run_dir, f"parallel={plan}", "parallel.pipeline.schedule=zbv", processes=processes), want)
+    same_tensors(tensors(run_dir, 3), tensors(alone_dir, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan, processes", [("tp_fsdp", 2), ("five_axes", 8)])
+def test_a_killed_run_goes_on_bitwise(tmp_path, plan, processes):
+    whole = train(tmp_path / "whole", f"parallel={plan}", processes=processes)
     run_dir = tmp_path / "part"
-    train(run_dir, "parallel=tp_fsdp", processes=2)
+    train(run_dir, f"parallel={plan}", processes=processes)
     drop(run_dir, 2, 3)
     strip = lambda rows: [{k: v for k, v in row.items() if k not in TIMES} for row in rows]  # noqa: E731
-    assert strip(train(run_dir, "parallel=tp_fsdp", processes=2)) == strip(whole)
+    assert strip(train(run_dir, f"parallel={plan}", processes=processes)) == strip(whole)
     ours, theirs = tensors(tmp_path / "whole", 3), tensors(run_dir, 3)
     assert all((ours[name] == theirs[name]).all() for name in ours)
 

@@ -14,8 +14,10 @@ from data.streams import open_streams
 from launch.command import leave, outcome, refusing
 from launch.world import World, hear_hydra, world
 from parallel.apply import build, describe
-from parallel.config import Sizes
+from parallel.config_fit import Sizes
 from parallel.mesh import MeshError, open_mesh
+from planner.front import plan
+from planner.report import DoesNotFit
 from trainer.agree import Ranks, lost
 from trainer.checkpoint import Checkpoints
 from trainer.engine import TorchEngine
@@ -29,7 +31,17 @@ from trainer.sample import Sampler
 from trainer.start import start
 from zoo.hf import HFError
 
-ERRORS = (*schema.USER_ERRORS, DataError, MeshError, CheckpointError, HFError, MetricsError, Diverged, OSError)
+ERRORS = (
+    *schema.USER_ERRORS,
+    DataError,
+    MeshError,
+    CheckpointError,
+    HFError,
+    MetricsError,
+    Diverged,
+    DoesNotFit,
+    OSError,
+)
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train")
@@ -38,8 +50,10 @@ def main(cfg: DictConfig) -> None:
     place = world()
     with refusing(ERRORS, rank=place.rank, lost=lost):
         run = schema.resolve(cfg)
-        sizes = schema.check(run, world_size=place.size)
+        sizes = schema.check(run, world_size=run.world_size or place.size)
         schema.check_vocabulary(run, tokens=declared_vocabulary(run.data))
+        if run.dry_run:
+            return plan(run, world_size=sizes.ranks, choice=schema.chosen("model"))
         with outcome(Path(run.run_dir), errors=ERRORS, rank=place.rank):
             train(run, sizes=sizes, place=place)
 
@@ -51,16 +65,14 @@ def train(run: schema.RunConfig, *, sizes: Sizes, place: World) -> None:
     Ranks(place.rank, place.size, DataError).first(lambda: ensure(run.data), doing="read or prepare the data")
     streams = open_streams(run.data, rank=mesh.dp_rank, world_size=sizes.dp, **schema.rows(run))
     schema.check_vocabulary(run, tokens=streams.corpus.vocab_size)
-
-    model = build(run.model, mesh=mesh, precision=run.precision, plan=run.parallel)
+    model = build(run.model, mesh=mesh, precision=run.precision, plan=run.parallel, seq_len=t.seq_len)
     engine = TorchEngine(model, mesh=mesh, train=t, optim_config=run.optim)
     about = identity(run.model, tokenizer=streams.corpus.fingerprint)
     ranks = {"rank": place.rank, "world_size": place.size}
     checkpoints = Checkpoints(folder / "checkpoints", config=run.checkpoint, about=about, **ranks)
     state = start(engine, checkpoints=checkpoints, stream=streams.train, seed=run.seed)
 
-    settings = schema.plain(run)
-    record(folder, settings=settings, tokenizer=streams.corpus.files, rank=mesh.rank)
+    record(folder, settings=(settings := schema.plain(run)), tokenizer=streams.corpus.files, rank=mesh.rank)
     metrics = Metrics(folder, rank=mesh.rank, step=state.step)
     sampler = Sampler.of(streams.corpus.tokenizer, train=t, folder=folder / "samples", mesh=mesh)
     entropy = streams.corpus.unigram_entropy

@@ -15,8 +15,11 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.fitting import check_model
 from data.config import DataConfig
-from parallel.config import ParallelConfig, PrecisionConfig, Sizes, accumulation, check_tensor, fit
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.config_fit import Sizes, accumulation, check_pipeline, fit
+from planner.config import HardwareConfig
 from trainer.config import CheckpointConfig, EngineConfig, LogConfig, OptimConfig, ScheduleConfig, TrainConfig
 from zoo.config import ModelConfig
 
@@ -35,8 +38,12 @@ class RunConfig:
     engine: EngineConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     log: LogConfig = MISSING
+    hardware: HardwareConfig = MISSING
     seed: int = MISSING
     run_dir: str = MISSING
+    dry_run: bool = False  # one rank's share is traced without memory, devices or the other ranks
+    world_size: int | None = None  # of a dry run: how many processes are planned; null: as many as are started
+    rank: int = 0  # of a dry run: whose share
 
 
 FOLDER = Path(__file__).parent
@@ -123,38 +130,21 @@ def check(run: RunConfig, *, world_size: int) -> Sizes:
     """
     if not run.run_dir:
         raise ConfigError("run_dir=: must name a folder")
+    if run.world_size is not None and not run.dry_run:
+        raise ConfigError(f"world_size={run.world_size}: must be null, as many as are started, unless dry_run=true")
     try:
         sizes = fit(run.parallel, world_size=world_size)
-        accumulation(global_batch=run.train.global_batch, micro_batch=run.train.micro_batch, dp=sizes.dp)
-        _check_tensor(run, tp=sizes.tp)
-        if run.train.seq_len > run.model.context:
-            raise ValueError(f"train.seq_len={run.train.seq_len}: must be at most model.context ({run.model.context})")
+        if not 0 <= run.rank < sizes.ranks:
+            raise ValueError(f"rank={run.rank}: must be one of the {sizes.ranks} processes, from 0")
+        t, model = run.train, run.model
+        batches = accumulation(global_batch=t.global_batch, micro_batch=t.micro_batch, dp=sizes.dp)
+        check_model(model, plan=run.parallel, sizes=sizes, seq_len=t.seq_len)
+        check_pipeline(run.parallel, n_layers=model.n_layers, accumulation=batches)
+        if t.seq_len > model.context:
+            raise ValueError(f"train.seq_len={t.seq_len}: must be at most model.context ({model.context})")
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return sizes
-
-
-def _check_tensor(run: RunConfig, *, tp: int) -> None:
-    """Whether ``tp`` ranks can share the model, the tokens of a row and the vocabulary.
-
-    Raises:
-        ValueError: something does not divide.
-    """
-    shared, kv_heads = {"train.seq_len": run.train.seq_len}, {}
-    for kind in dict.fromkeys(run.model.kinds):
-        block = run.model.blocks[kind]
-        parts = {name: getattr(block, name) for name in ("attention", "mla", "deltanet", "mlp", "moe")}
-        for name, part in parts.items():
-            for key in ("n_heads", "n_k_heads", "d_ff", "d_expert", "d_shared"):
-                if part is not None and key in vars(part):
-                    shared[f"model.blocks.{kind}.{name}.{key}"] = vars(part)[key]
-        if block.attention is not None:
-            kv_heads[f"model.blocks.{kind}.attention.n_kv_heads"] = block.attention.n_kv_heads
-            norm = block.attention.qk_norm
-            if tp > 1 and norm is not None and norm.scope == "width" and norm.kind != "rms":
-                key = f"model.blocks.{kind}.attention.qk_norm.kind"
-                raise ValueError(f"{key}={norm.kind}: must be rms where scope is width and parallel.tp={tp}")
-    check_tensor(tp, shared=shared, kv_heads=kv_heads, vocab_size=run.model.vocab_size)
 
 
 def chosen(group: str) -> str:

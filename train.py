@@ -17,7 +17,6 @@ from parallel.apply import build, describe
 from parallel.config_fit import Sizes
 from parallel.mesh import MeshError, open_mesh
 from planner.front import plan
-from planner.report import DoesNotFit
 from trainer.agree import Ranks, lost
 from trainer.checkpoint import Checkpoints
 from trainer.engine import TorchEngine
@@ -31,17 +30,7 @@ from trainer.sample import Sampler
 from trainer.start import start
 from zoo.hf import HFError
 
-ERRORS = (
-    *schema.USER_ERRORS,
-    DataError,
-    MeshError,
-    CheckpointError,
-    HFError,
-    MetricsError,
-    Diverged,
-    DoesNotFit,
-    OSError,
-)
+ERRORS = (*schema.USER_ERRORS, DataError, MeshError, CheckpointError, HFError, MetricsError, Diverged, OSError)
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train")
@@ -71,7 +60,6 @@ def train(run: schema.RunConfig, *, sizes: Sizes, place: World) -> None:
     ranks = {"rank": place.rank, "world_size": place.size}
     checkpoints = Checkpoints(folder / "checkpoints", config=run.checkpoint, about=about, **ranks)
     state = start(engine, checkpoints=checkpoints, stream=streams.train, seed=run.seed)
-
     record(folder, settings=(settings := schema.plain(run)), tokenizer=streams.corpus.files, rank=mesh.rank)
     metrics = Metrics(folder, rank=mesh.rank, step=state.step)
     sampler = Sampler.of(streams.corpus.tokenizer, train=t, folder=folder / "samples", mesh=mesh)

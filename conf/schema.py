@@ -132,6 +132,10 @@ def check(run: RunConfig, *, world_size: int) -> Sizes:
         raise ConfigError("run_dir=: must name a folder")
     if run.world_size is not None and not run.dry_run:
         raise ConfigError(f"world_size={run.world_size}: must be null, as many as are started, unless dry_run=true")
+    if run.world_size is not None and run.world_size < 1:
+        raise ConfigError(f"world_size={run.world_size}: must be 1 or more")
+    if run.rank and not run.dry_run:
+        raise ConfigError(f"rank={run.rank}: must be 0 unless dry_run=true; a launcher says which rank a process is")
     try:
         sizes = fit(run.parallel, world_size=world_size)
         if not 0 <= run.rank < sizes.ranks:

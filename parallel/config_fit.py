@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from parallel.config import ParallelConfig, PipelineConfig, ScheduleName
+from parallel.config import Dispatch, ParallelConfig, PipelineConfig, ScheduleName
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Of the grid of ranks, outermost first: neighbours in the last one talk most."""
@@ -56,7 +56,7 @@ def fit(config: ParallelConfig, *, world_size: int) -> Sizes:
 
     Raises:
         ValueError: a size is not positive, the sizes do not multiply to the number of ranks, experts cannot be laid
-            over them, or one process is asked for what needs several.
+            over them, or something is asked for what needs several ranks of an axis that has one.
     """
     for key in (*AXES, "ep"):
         value = getattr(config, key)
@@ -79,6 +79,10 @@ def fit(config: ParallelConfig, *, world_size: int) -> Sizes:
         axes = " and ".join(f"parallel.{name}={getattr(sizes, name)}" for name in ("pp", "tp") if name in sizes.cuts())
         takes = "take" if " and " in axes else "takes"
         raise ValueError(f"parallel.offload=true: must be false where {axes} {takes} all processes")
+    if config.async_tp and sizes.tp == 1:
+        raise ValueError("parallel.async_tp=true: must be false where parallel.tp=1")
+    if config.dispatch is Dispatch.deepep and sizes.ep == 1:
+        raise ValueError("parallel.dispatch=deepep: must be all_to_all where parallel.ep=1")
     return sizes
 
 
@@ -162,9 +166,13 @@ def check_pipeline(plan: ParallelConfig, *, n_layers: int, accumulation: int) ->
     Raises:
         ValueError: they are not, or the schedule takes the backward apart, which torch.compile does not.
     """
+    c, key = plan.pipeline, "parallel.pipeline"
+    for name in ("virtual", "microbatches"):
+        value = getattr(c, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{key}.{name}={value}: must be 1 or more")
     if plan.pp == 1:
         return
-    c, key = plan.pipeline, "parallel.pipeline"
     if c.schedule is ScheduleName.interleaved and c.virtual < 2:
         raise ValueError(f"{key}.virtual={c.virtual}: must be 2 or more")
     stages, n = plan.pp * stages_a_rank(c), microbatches(c, accumulation=accumulation)
@@ -173,7 +181,7 @@ def check_pipeline(plan: ParallelConfig, *, n_layers: int, accumulation: int) ->
             f"parallel.pp={plan.pp}, {key}.schedule={c.schedule}: {stages} stages must be at most the layers, the "
             f"embedding and the head of the model ({n_layers + 2})"
         )
-    if n < 1 or accumulation % n:
+    if accumulation % n:
         raise ValueError(f"{key}.microbatches={n}: must divide the micro-batches of an update ({accumulation})")
     if plan.compile and c.schedule in (ScheduleName.zbv, ScheduleName.dualpipev):
         raise ValueError(

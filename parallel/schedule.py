@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, ScheduleDualPipeV, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import ScheduleDualPipeV, ScheduleInterleaved1F1B
 from torch.distributed.pipelining._utils import InferenceMode
 from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
@@ -22,6 +22,8 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from parallel.config import ScheduleName
+from parallel.sends import Sends, receipts
+from parallel.stage import Stage
 
 Kind = _ComputationType
 """Of an action: F forward; B backward; I the part of it for a stage's input, W for its weights; or F and B at once."""
@@ -205,7 +207,7 @@ class Ordered(_PipelineScheduleRuntime):
 
     def __init__(
         self,
-        stages: list[PipelineStage],
+        stages: list[Stage],
         order: list[list[_Action]],
         *,
         n: int,
@@ -216,6 +218,32 @@ class Ordered(_PipelineScheduleRuntime):
         self.pipeline_order = {rank: list(actions) for rank, actions in enumerate(order)}
         # It empties the lists that it is given.
         self._prepare_schedule_with_comms({rank: list(actions) for rank, actions in enumerate(order)})
+        over = receipts(
+            self.pipeline_order_with_comms, rank=self.rank, rank_of=self.stage_index_to_group_rank.__getitem__
+        )
+        self.sends, self._own = Sends(over), {stage.stage_index: stage for stage in stages}
+        for kind in (Kind.SEND_F, Kind.SEND_B):
+            self._comp_type_to_function_map[kind] = self._send
+        for stage in stages:
+            stage.arrived = self.sends.release
+
+    def _send(self, action: _Action, _: Any) -> None:
+        """Send the states or the gradient of a micro-batch, and hold it no longer than it takes (over pp)."""
+        stage, i = self._own[action.stage_index], action.microbatch_index
+        assert i is not None, f"{action=}"
+        get = stage.get_fwd_send_ops if action.computation_type is Kind.SEND_F else stage.get_bwd_send_ops
+        self.sends.post((action.stage_index, action.computation_type, i), get(i))
+
+    def _step_microbatches(self, *args: Any, **kwargs: Any) -> None:
+        super()._step_microbatches(*args, **kwargs)
+        self.sends.finish()
+
+    def _maybe_get_loss(self, stage: Any, mb_index: int) -> Any:
+        """The loss to differentiate; its graph, and with it the stage's input, would else be kept until the end."""
+        loss = super()._maybe_get_loss(stage, mb_index)
+        if loss is not None:
+            self._internal_losses[mb_index] = loss.detach()
+        return loss
 
     def _warmup_p2p(self, stages: list[Any], has_backward: bool, p2p_done: bool) -> None:
         """Open what neighbours talk over (a number each way between them, over pp); all shapes are known already.

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.stage import _RecvInfo
 
+from parallel.sends import B, Event, F
 from zoo.decoder import Objective
 from zoo.head import Loss
 
@@ -22,11 +23,13 @@ class Stage(PipelineStage):
         rows: of the global batch, for the balance losses.
         loss: sums the loss of states under the head's weight.
         reduces: whether this run's gradients are summed over FSDP's ranks at its end.
+        arrived: is told that a forward or backward has all that it needs.
     """
 
     rows: Tensor | None
     loss: Loss
     reduces: bool
+    arrived: Callable[[Event], None]
 
     def forward_maybe_with_nosync(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Run the Decoder on one micro-batch (what its layers communicate)."""
@@ -71,12 +74,14 @@ class Stage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Run a micro-batch forward; autograd keeps its input as long as it needs it."""
+        self.arrived((self.stage_index, F, fwd_chunk_id))
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         _hold(self.args_recv_info[fwd_chunk_id], torch.device("meta"))
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """Run a micro-batch backward, or the part for its input."""
+        self.arrived((self.stage_index, B, bwd_chunk_id))
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         _hold(self.grad_recv_info[bwd_chunk_id], torch.device("meta"))
 

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from parallel.config_fit import Sizes
+from parallel.mesh import MeshError
 from planner.config import HardwareConfig
 from planner.wire import Line
 
 GIB = 2**30
 
 
-class DoesNotFit(ValueError):
+class DoesNotFit(MeshError):
     """A plan that needs more memory than there is, in one line."""
 
 

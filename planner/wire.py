@@ -82,7 +82,7 @@ SILENT = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_", "wait_te
 """Operators that send nothing: what is received was another's to send."""
 
 AXES = ("tp", "cp", "ep", "edp", "dp_shard", "fsdp", "dp_replicate", "pp")
-SEVERAL = ("dp", "tokens", "losses", "balance", "shards")
+SEVERAL = ("dp", "losses", "shards")
 """Names of groups (parallel/mesh.py): of one axis, and of several together."""
 
 

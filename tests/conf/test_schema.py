@@ -89,6 +89,22 @@ def test_what_ranks_cannot_share_is_said_by_its_key(overrides, processes, line):
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "overrides, line",
+    [
+        (["world_size=8"], "world_size=8: must be null"),
+        (["dry_run=true", "world_size=0"], "world_size=0: must be 1 or more"),
+        (["dry_run=true", "world_size=-4"], "world_size=-4: must be 1 or more"),
+        (["rank=1"], "rank=1: must be 0 unless dry_run=true"),
+        (["dry_run=true", "rank=2"], "rank=2: must be one of the 2 processes, from 0"),
+        (["dry_run=true", "rank=-1"], "rank=-1: must be one of the 2 processes, from 0"),
+    ],
+)
+def test_whose_share_a_dry_run_takes_is_said_in_a_dry_run(overrides, line):
+    with pytest.raises(schema.ConfigError, match=f"^{line}"):
+        schema.check(resolved(*overrides), world_size=2)
+
+
 def test_kinds_of_layer_that_no_layer_is_of_need_not_divide():
     unused = ["model.prefix=[]", "model.blocks.dense.mlp.d_ff=5"]
     assert schema.check(resolved("parallel=tp_fsdp", *unused), world_size=4).tp == 2

@@ -1,7 +1,7 @@
 import pytest
 
-from parallel.config import Dtype, ParallelConfig, PrecisionConfig
-from parallel.config_fit import Sizes, accumulation, check_tensor, fit
+from parallel.config import Dispatch, Dtype, ParallelConfig, PipelineConfig, PrecisionConfig
+from parallel.config_fit import Sizes, accumulation, check_pipeline, check_tensor, fit
 
 
 def test_what_is_left_of_the_processes_shares_a_copy():
@@ -28,6 +28,27 @@ def test_offloading_needs_what_is_sharded():
     assert fit(plan, world_size=2) == Sizes(1, 2)
     with pytest.raises(ValueError, match=r"^parallel.offload=true: must be false in a single process"):
         fit(plan, world_size=1)
+
+
+@pytest.mark.parametrize(
+    "axis, choice, message",
+    [
+        ("tp", {"async_tp": True}, "parallel.async_tp=true: must be false where parallel.tp=1"),
+        ("ep", {"dispatch": Dispatch.deepep}, "parallel.dispatch=deepep: must be all_to_all where parallel.ep=1"),
+    ],
+)
+def test_what_speeds_up_an_axis_needs_several_ranks_of_it(axis, choice, message):
+    assert getattr(fit(ParallelConfig(1, None, **{axis: 2}, **choice), world_size=2), axis) == 2
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        fit(ParallelConfig(1, None, **choice), world_size=2)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("key, value", [("microbatches", 0), ("microbatches", -2), ("virtual", 0)])
+def test_a_pipeline_counts_from_one(pp, key, value):
+    plan = ParallelConfig(1, None, pp=pp, pipeline=PipelineConfig(**{key: value}))
+    with pytest.raises(ValueError, match=f"^parallel.pipeline.{key}={value}: must be 1 or more$"):
+        check_pipeline(plan, n_layers=4, accumulation=4)
 
 
 def test_a_batch_that_cannot_be_cut_is_refused_with_the_numbers():

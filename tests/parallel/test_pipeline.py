@@ -1,5 +1,7 @@
 """Updates of small models in float64 that are cut into pipeline stages, against one process."""
 
+import weakref
+
 import pytest
 import torch
 from distributed import run
@@ -189,6 +191,40 @@ def held(schedule, n):
 def test_buffers_exist_only_while_they_are_in_use(schedule):
     for most, left in run(held, world_size=2, schedule=schedule, n=16):
         assert 0 < most <= 3 and left == 0  # torch's own would be 16 and more
+
+
+def alive(schedule, n):
+    """The most that is alive at one time of what a rank has sent and of its last stage's inputs."""
+    case, sends, inputs, most = Case("llama3", schedule, pp=2, n=n), [], [], [0, 0]
+
+    def noting(call, into, tensors):
+        def noted(self, *args, **kwargs):
+            result = call(self, *args, **kwargs)
+            into.extend(weakref.ref(x.untyped_storage()) for x in tensors(self, args, result))
+            for i, references in enumerate((sends, inputs)):
+                most[i] = max(most[i], sum(each() is not None for each in references))
+            return result
+
+        return noted
+
+    for name in ("get_fwd_send_ops", "get_bwd_send_ops"):
+        setattr(Stage, name, noting(getattr(Stage, name), sends, lambda _, args, ops: [op.tensor for op in ops]))
+    run_stage = Stage.forward_maybe_with_nosync
+    Stage.forward_maybe_with_nosync = noting(
+        run_stage, inputs, lambda stage, args, _: args[:1] if stage.is_last else []
+    )
+    case.update(0)
+    assert not case.model._schedules.popitem()[1][0].sends._held
+    return len(sends), len(inputs), *most
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", pytest.param("dualpipev", marks=pytest.mark.slow)])
+def test_states_live_no_longer_than_their_backward_and_their_receipt(schedule):
+    few, many = (run(alive, world_size=2, schedule=schedule, n=n) for n in (8, 16))
+    for (sends, inputs, *most), (twice, twice_inputs, *still) in zip(few, many, strict=True):
+        assert twice == 2 * sends > 0 and twice_inputs == 2 * inputs
+        assert still == most and max(most) <= 7
+    assert any(inputs for _, inputs, *_ in many)
 
 
 def sent(family, schedule):

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -78,6 +79,9 @@ OPERATORS = {
     "_c10d_functional::all_to_all_single": Collective("all-to-all", 3, 0, 1, True),
     "_c10d_functional::broadcast": Collective("broadcast", 2, 0, 1, True),
 }
+RING = {"parallel::ring": 1, "parallel::ring_backward": 2}
+"""Operators that send by themselves (parallel/ring.py), and which argument is the keys; values come next."""
+
 SILENT = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd")
 """Operators that send nothing: what is received was another's to send."""
 
@@ -117,20 +121,26 @@ class Wire(TorchDispatchMode):
 
     def note(self, function: Any, args: Any) -> None:
         """Count an operator that is called, if it is a collective."""
-        if function.namespace not in ("c10d", "_c10d_functional"):
+        if function.namespace not in ("c10d", "_c10d_functional", "parallel"):
             return
         name = function.name().partition(".")[0]
         if name.partition("::")[2] in SILENT:
             return
+        if name in RING:
+            self._add(_group(args[-3]), "send", *_sent_round(name, args))
+            return
         about = OPERATORS[name]
         group = _group(args[about.group])
         ranks = dist.get_process_group_ranks(group)
+        self._add(group, about.name, 1, _sent(about, args, ranks=len(ranks), place=dist.get_rank(group)))
+
+    def _add(self, group: dist.ProcessGroup, operation: str, calls: int, sent: int) -> None:
+        ranks = dist.get_process_group_ranks(group)
         axis = self.names.get(group.group_name) or group.group_desc.removeprefix("mesh_")
-        sent = _sent(about, args, ranks=len(ranks), place=dist.get_rank(group))
         line = self.lines.setdefault(
-            (axis, about.name), Line(axis, len(ranks), about.name, 0, 0, first=ranks[0], last=ranks[-1])
+            (axis, operation), Line(axis, len(ranks), operation, 0, 0, first=ranks[0], last=ranks[-1])
         )
-        line.calls += 1
+        line.calls += calls
         line.sent += sent
 
 
@@ -150,6 +160,17 @@ def _sent(about: Collective, args: Any, *, ranks: int, place: int) -> int:
         if splits and isinstance(splits[0], int):
             return size - size * splits[place] // max(1, sum(splits))
     return size * (ranks - 1) * about.share // (ranks if about.cut else 1)
+
+
+def _sent_round(name: str, args: Any) -> tuple[int, int]:
+    """Calls and bytes of ring attention on this rank: keys and values go on to all but one, their gradients to all."""
+    k, v = args[RING[name] : RING[name] + 2]
+    numbers, others = k.numel() + v.numel(), args[-1] - 1
+    calls, sent = others, others * numbers * k.element_size()
+    if name == "parallel::ring_backward":
+        wide = torch.promote_types(k.dtype, torch.float32)
+        calls, sent = calls + others + 1, sent + (others + 1) * numbers * wide.itemsize
+    return calls, sent
 
 
 def by_axis(lines: Iterable[Line]) -> dict[str, int]:

@@ -7,7 +7,7 @@ import torch
 from distributed import run
 from sharing import FAMILIES, LENGTH, ROWS, Case
 
-from parallel.config import ParallelConfig, PipelineConfig, Remat, Reshard, ScheduleName
+from parallel.config import ContextMethod, ParallelConfig, PipelineConfig, Remat, Reshard, ScheduleName
 from parallel.config_fit import stages_a_rank
 from parallel.expert import ExpertDispatcher
 from parallel.layout import is_expert
@@ -35,6 +35,7 @@ PLANS = {
     "ep 2 again": (ParallelConfig(1, 2, ep=2, remat=Remat.block), ("deepseek_v3",)),
     "cp 2 gather": (ParallelConfig(1, 1, cp=2), BOTH),
     "cp 2 gather again": (ParallelConfig(1, 1, cp=2, remat=Remat.block), BOTH),
+    "cp 2 ring": (ParallelConfig(1, 1, cp=2, context=ContextMethod.ring), BOTH),
     "pp 2 x fsdp 2 1f1b": (piped("1f1b"), BOTH),
     "pp 2 x fsdp 2 1f1b in two runs": (piped("1f1b", 2), ("deepseek_v3",)),
     "pp 2 x fsdp 2 1f1b always": (piped("1f1b", reshard=Reshard.always), ("deepseek_v3",)),
@@ -172,11 +173,16 @@ class Formulas:
     def context(self):
         """Keys and values, or latents, of a layer: gathered forward, scattered backward; counts of a row's choices."""
         cp, block = self.plan.cp, self.config.layers[-1]
-        if block.mla is not None:
+        rings = self.plan.context is ContextMethod.ring
+        if block.mla is not None and rings:
+            width = block.mla.n_heads * (block.mla.nope_dim + block.mla.rope_dim + block.mla.v_dim)
+        elif block.mla is not None:
             width = block.mla.kv_rank + block.mla.rope_dim
         else:
             width = block.attention.n_kv_heads * 2 * block.attention.head_dim
-        for each in ("all-gather", "reduce-scatter"):
+        if rings:  # forward to all but one; in the backward again, and gradients to all
+            self.found["cp = fsdp", "send"] += (3 * cp - 2) * self.tokens * width * E * self.layers
+        for each in () if rings else ("all-gather", "reduce-scatter"):
             passes = 2 if self.again and each == "all-gather" else 1
             self.found["cp = fsdp", each] += (cp - 1) * self.tokens * width * E * self.layers * passes
         routers = balance.routers(self.config)

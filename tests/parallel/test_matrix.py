@@ -105,7 +105,7 @@ def marked():
         yield pytest.param(plan, names, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("plan, names", marked(), ids=str)
+@pytest.mark.parametrize("plan, names", list(marked()), ids=str)
 def test_a_plan_updates_as_one_process_does(plan, names):
     far = compared(plan, names)
     assert far.keys() == set(names) and max(far.values()) < 1e-9

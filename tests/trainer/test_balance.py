@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import compose, randomized
@@ -45,9 +47,10 @@ class Layers(torch.nn.Module):
     def __init__(self, *rates):
         super().__init__()
         self.found = torch.nn.ModuleList(Router(moe(rate), d_model=3) for rate in rates)
+        self.config = SimpleNamespace(layers=[SimpleNamespace(moe=moe(rate)) for rate in rates], n_mtp=0)
 
     def routers(self):
-        return dict(self.found.named_children())
+        return {f"blocks.{i}.moe.router": router for i, router in enumerate(self.found)}
 
 
 def moe(rate):

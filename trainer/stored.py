@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +184,21 @@ class _Unpickler(pickle.Unpickler):
             allowed = found is torch.Size or isinstance(found, torch.dtype)
         elif (module, name) == ("torch.serialization", "_get_layout"):  # how torch pickles torch.strided
             return super().find_class(module, name)
+        elif (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 pickle members of an Enum
+            return _member
         else:
             found = super().find_class(module, name) if module in _CONTENTS_MODULES else None
             allowed = isinstance(found, type)
         if not allowed:
             raise CheckpointError(f"checkpoint file {CONTENTS} names {module}.{name}, which no table of contents needs")
         return found
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """The member of an Enum that has a name; no other attribute of anything."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise CheckpointError(f"checkpoint file {CONTENTS} asks {kind} for {name}, which no table of contents needs")
+    return kind[name]
 
 
 def _first_failure(error: CheckpointException) -> BaseException:

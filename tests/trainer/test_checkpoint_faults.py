@@ -1,8 +1,10 @@
 """Every fault of a checkpoint is one line, the same on all ranks, and nothing half done counts."""
 
+import io
 import os
 import pickle
 import resource
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from distributed import run
 from saving import PROGRESS, alone, full, grouped, small_state, trained
 
-from trainer import manifest
+from trainer import manifest, stored
 from trainer.config import CheckpointConfig
 from trainer.manifest import CheckpointError
 from trainer.stored import read_tensors
@@ -147,16 +149,47 @@ class Trap:
         return os.mkdir, ("trapped",)
 
 
-def test_contents_with_foreign_classes_run_no_code(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = alone(tmp_path).save(1, small_state(), progress={})
+class Attribute:
+    """Unpickled, it would be a method that changes the disk."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (Path, "mkdir")
+
+
+def replace_contents(path: Path, content: bytes) -> None:
+    """Another table of contents, whose checksum agrees."""
     facts = manifest.read(path)
-    (path / ".metadata").write_bytes(pickle.dumps(Trap()))
+    (path / ".metadata").write_bytes(content)
     facts.files.update(manifest.fingerprint(path, names=[".metadata"]))
     facts.write(path)
+
+
+@pytest.mark.parametrize("trap", [Trap(), Attribute()])
+def test_contents_with_foreign_classes_run_no_code(tmp_path, monkeypatch, trap):
+    monkeypatch.chdir(tmp_path)
+    path = alone(tmp_path).save(1, small_state(), progress={})
+    replace_contents(path, pickle.dumps(trap))
     with pytest.raises(CheckpointError, match="mkdir"):
         read_tensors(path)
     assert not (tmp_path / "trapped").exists()
+
+
+class _EarlyPython(pickle.Pickler):
+    """Pickles members of an Enum by name, as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_contents_that_an_early_python_3_11_wrote_are_read(tmp_path):
+    path = alone(tmp_path).save(1, small_state(), progress={})
+    file = io.BytesIO()
+    _EarlyPython(file).dump(stored.read_contents(path))
+    assert b"getattr" in file.getvalue()
+    replace_contents(path, file.getvalue())
+    state = small_state(0.0)
+    alone(tmp_path).load(path, state)
+    assert all(torch.equal(state["model"][name], tensor) for name, tensor in small_state()["model"].items())
 
 
 def save_on_a_full_disk(*, folder: Path, full_rank: int) -> str:

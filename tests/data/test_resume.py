@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -71,19 +70,32 @@ def test_stopping_before_and_after_every_rename_changes_nothing(source, tmp_path
                 return
 
 
+SELF_KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from data.prepare import main
+
+def wait_and_kill():  # in the process itself, which a busy machine slows down as much as what it watches
+    while len(list(Path(sys.argv[1]).glob("train-*.bin"))) < int(sys.argv[2]):
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=wait_and_kill, daemon=True).start()
+sys.exit(main(sys.argv[3:]))
+"""
+
+
 def test_a_killed_preparation_continues_byte_by_byte(tmp_path, byte_ranks):
     source = tmp_path / "long.jsonl"
     source.write_text("".join(json.dumps({"text": f"{n} " + "word " * (n % 50)}) + "\n" for n in range(6000)))
-    command = [*COMMAND, *arguments(source, tmp_path / "killed", byte_ranks, "shard_tokens=30000")]
+    words = arguments(source, tmp_path / "killed", byte_ranks, "shard_tokens=30000")
     n_killed = 0
     for wanted in (1, 4, 8, 12, 16):  # shards that are there when the signal comes
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(list((tmp_path / "killed").glob("train-*.bin"))) < wanted:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        n_killed += process.wait() == -signal.SIGKILL
+        command = [sys.executable, "-c", SELF_KILLED, tmp_path / "killed", str(wanted), *words]
+        ended = subprocess.run(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        n_killed += ended.returncode == -signal.SIGKILL
     assert n_killed >= 3
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert main(arguments(source, tmp_path / "whole", byte_ranks, "shard_tokens=30000")) == 0
     assert content(tmp_path / "killed") == content(tmp_path / "whole")

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from parallel.config import ContextMethod, ParallelConfig
 from parallel.config_fit import Sizes, check_context, check_tensor
+from trainer.config_schedule import ScheduleConfig
 from zoo.config import BlockConfig, ModelConfig
 
 
@@ -18,6 +19,26 @@ def check_model(model: ModelConfig, *, plan: ParallelConfig, sizes: Sizes, seq_l
     check_context(plan, seq_len=seq_len)
     if sizes.cp > 1:
         _check_rows(model, method=plan.context, sizes=sizes)
+
+
+def check_theta(model: ModelConfig, schedule: ScheduleConfig) -> None:
+    """Whether a model has the rotary angles that a schedule changes.
+
+    Raises:
+        ValueError: it has not.
+    """
+    turning = sorted(
+        kind
+        for kind, block in model.blocks.items()
+        if block.mla is not None or (block.attention is not None and block.attention.rope is not None)
+    )
+    for i, change in enumerate(schedule.theta):
+        if not turning:
+            raise ValueError(f"schedule.theta[{i}].theta={change.theta}: no layer of the model has rotary positions")
+        unknown = sorted(set(change.kinds) - set(turning))
+        if unknown:
+            allowed = f"kinds of layer with rotary positions ({', '.join(turning)})"
+            raise ValueError(f"schedule.theta[{i}].kinds={unknown}: must be {allowed}")
 
 
 def _blocks(model: ModelConfig) -> Iterator[tuple[str, BlockConfig]]:

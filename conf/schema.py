@@ -15,12 +15,14 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.fitting import check_model
+from conf.fitting import check_model, check_theta
 from data.config import DataConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.config_fit import Sizes, accumulation, check_pipeline, fit
 from planner.config import HardwareConfig
-from trainer.config import CheckpointConfig, EngineConfig, LogConfig, OptimConfig, ScheduleConfig, TrainConfig
+from trainer.config import CheckpointConfig, EngineConfig, LogConfig, OptimConfig, TrainConfig
+from trainer.config_schedule import ScheduleConfig
+from trainer.config_timeline import stages
 from zoo.config import ModelConfig
 
 
@@ -144,6 +146,9 @@ def check(run: RunConfig, *, world_size: int) -> Sizes:
         batches = accumulation(global_batch=t.global_batch, micro_batch=t.micro_batch, dp=sizes.dp)
         check_model(model, plan=run.parallel, sizes=sizes, seq_len=t.seq_len)
         check_pipeline(run.parallel, n_layers=model.n_layers, accumulation=batches)
+        for _, n in ramp(run):
+            _check_stage(run, rows=n, sizes=sizes)
+        check_theta(model, run.schedule)
         if t.seq_len > model.context:
             raise ValueError(f"train.seq_len={t.seq_len}: must be at most model.context ({model.context})")
     except ValueError as error:
@@ -151,16 +156,41 @@ def check(run: RunConfig, *, world_size: int) -> Sizes:
     return sizes
 
 
+def ramp(run: RunConfig) -> tuple[tuple[int, int], ...]:
+    """(updates, rows) of the smaller batches that a run begins with."""
+    t = run.train
+    return stages(run.schedule, steps=t.steps, global_batch=t.global_batch, seq_len=t.seq_len)
+
+
+def _check_stage(run: RunConfig, *, rows: int, sizes: Sizes) -> None:
+    """Whether updates of so many rows can be cut for ranks and pipeline stages.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        batches = accumulation(global_batch=rows, micro_batch=run.train.micro_batch, dp=sizes.dp)
+        check_pipeline(run.parallel, n_layers=run.model.n_layers, accumulation=batches)
+    except ValueError as error:
+        raise ValueError(f"schedule.batch, {rows} rows: {error}") from error
+
+
 def chosen(group: str) -> str:
     """Name of the file that the command line has chosen for a group; empty in a program that composes by itself."""
     return str(HydraConfig.get().runtime.choices[group]) if HydraConfig.initialized() else ""
 
 
-def rows(run: RunConfig) -> dict[str, int]:
+def rows(run: RunConfig) -> dict[str, Any]:
     """What decides which rows a run reads, for ``data.streams.open_streams``."""
     t = run.train
     sizes = {"global_batch": t.global_batch, "micro_batch": t.micro_batch, "seq_len": t.seq_len}
-    return {"seed": run.seed, "n_mtp": run.model.n_mtp, "eval_rows": t.eval_rows if t.eval_every else 0, **sizes}
+    return {
+        "seed": run.seed,
+        "n_mtp": run.model.n_mtp,
+        "eval_rows": t.eval_rows if t.eval_every else 0,
+        "ramp": ramp(run),
+        **sizes,
+    }
 
 
 def check_vocabulary(run: RunConfig, *, tokens: int | None) -> None:

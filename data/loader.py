@@ -1,6 +1,7 @@
 """Micro-batches of one rank: global batch i is a function of (seed, i) alone, whoever reads it and since when."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from data.batch import Batch, assemble
 from data.config import DataConfig, Kind
 from data.errors import DataError
 from data.manifest import SPLITS, read_manifest
+from data.ramp import Cuts
 from data.source import ShardSource
 from data.synthetic import SyntheticSource
 
@@ -18,10 +20,13 @@ from data.synthetic import SyntheticSource
 class _Slice:
     """Rows of a global batch that one rank reads, ``micro_batch`` at a time."""
 
-    global_batch: int
-    first: int
-    n_rows: int
+    rank: int
+    world_size: int
     micro_batch: int
+
+    def share(self, size: int) -> int:
+        """Of a batch of ``size`` rows, how many."""
+        return size // self.world_size
 
 
 class Loader:
@@ -29,6 +34,7 @@ class Loader:
 
     Global batch i holds rows i·g … i·g + g - 1 of the endless sequence of epochs; rank r of w reads rows
     r·g/w … (r+1)·g/w - 1 of it. Example, g = 4, w = 2, micro_batch 1: rank 1 reads rows 2, 3, then 6, 7, then 10, 11.
+    Where the first batches have other sizes, ``data.ramp.Cuts`` says where a batch begins; g is then the batch's own.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class Loader:
         n_mtp: int = 0,
         split: str = "train",
         start: int = 0,
+        ramp: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Open the data; start with global batch ``start``.
 
@@ -58,6 +65,7 @@ class Loader:
             n_mtp: depths of multi-token prediction.
             split: train or validation, which is read in order.
             start: number of the first global batch.
+            ramp: (batches, rows of each) of the first batches, where they have other sizes than ``global_batch``.
 
         Raises:
             DataError: The data is not whole or too small, or the batch cannot be divided.
@@ -66,16 +74,19 @@ class Loader:
             raise DataError(f"split={split}: must be one of {', '.join(SPLITS)}")
         if seq_len < 1:
             raise DataError(f"train.seq_len={seq_len}: must be 1 or more")
-        if micro_batch < 1 or global_batch < 1 or global_batch % (world_size * micro_batch):
-            raise DataError(
-                f"train.global_batch={global_batch}: must be a multiple of ranks × micro_batch "
-                f"({world_size} × {micro_batch})"
-            )
-        rows = global_batch // world_size
-        self._slice = _Slice(global_batch=global_batch, first=rank * rows, n_rows=rows, micro_batch=micro_batch)
+        for rows in (global_batch, *(rows for _, rows in ramp)):
+            if micro_batch < 1 or rows < 1 or rows % (world_size * micro_batch):
+                raise DataError(
+                    f"train.global_batch={rows}: must be a multiple of ranks × micro_batch "
+                    f"({world_size} × {micro_batch})"
+                )
+        self._cuts = Cuts(global_batch, tuple(ramp))
+        self._slice = _Slice(rank=rank, world_size=world_size, micro_batch=micro_batch)
         self._n_mtp = n_mtp
         self._order: dict[str, Any] = {"seed": seed, "train.global_batch": global_batch, "train.seq_len": seq_len}
         self._order |= {"data": fingerprint(config, split=split)}
+        if ramp:
+            self._order["schedule.batch"] = [list(stage) for stage in ramp]
         self._source = _open(config, split=split, seq_len=seq_len, n_lookahead=1 + n_mtp, seed=seed)
         self._batch = start
         self._read = 0  # rows of the current global batch that this rank has handed out
@@ -89,10 +100,11 @@ class Loader:
         Raises:
             DataError: A block of a shard is damaged.
         """
-        first = self._batch * self._slice.global_batch + self._slice.first + self._read
+        mine = self._slice.share(self._cuts.size(self._batch))
+        first = self._cuts.first(self._batch) + self._slice.rank * mine + self._read
         batch = self._rows(first, count=self._slice.micro_batch)
         self._read += self._slice.micro_batch
-        if self._read == self._slice.n_rows:
+        if self._read == mine:
             self._batch, self._read = self._batch + 1, 0
         return batch
 
@@ -103,7 +115,7 @@ class Loader:
 
     def rows(self, number: int) -> Batch:
         """The whole global batch ``number``, the rows of all ranks; the iterator stays where it is."""
-        return self._rows(number * self._slice.global_batch, count=self._slice.global_batch)
+        return self._rows(self._cuts.first(number), count=self._cuts.size(number))
 
     def state_dict(self) -> dict[str, Any]:
         """Number of the next whole global batch, and all that decides which rows a number means.
@@ -118,10 +130,11 @@ class Loader:
         Raises:
             DataError: The number means other rows here than where the state was taken.
         """
-        for key, there in state["order"].items():
-            if self._order[key] != there:
+        for key in state["order"] | self._order:
+            here, there = (order.get(key, []) for order in (self._order, state["order"]))  # []: no ramp
+            if here != there:
                 raise DataError(
-                    f"{key}={self._order[key]}: must be {there}, as where the checkpoint was made, to go on with the "
+                    f"{key}={here}: must be {there}, as where the checkpoint was made, to go on with the "
                     "same data; for other data start from its weights with checkpoint.init"
                 )
         self._batch, self._read = state["batch"], 0

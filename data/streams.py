@@ -1,5 +1,6 @@
 """All that one rank of a run reads: the facts of the corpus, the rows to train on and those to evaluate on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.batch import Batch
@@ -35,6 +36,7 @@ def open_streams(
     eval_rows: int,
     seq_len: int,
     n_mtp: int,
+    ramp: Sequence[tuple[int, int]] = (),
 ) -> Streams:
     """Open prepared data.
 
@@ -48,6 +50,7 @@ def open_streams(
         eval_rows: rows of one evaluation, all ranks together; 0: none.
         seq_len: tokens of a row.
         n_mtp: depths of multi-token prediction.
+        ramp: (batches, rows of each) of the first batches, where they have other sizes than ``global_batch``.
 
     Raises:
         DataError: the data is missing, not whole, damaged or too small.
@@ -62,6 +65,7 @@ def open_streams(
         micro_batch=micro_batch,
         seq_len=seq_len,
         n_mtp=n_mtp,
+        ramp=ramp,
     )
     if not eval_rows:
         return Streams(corpus, train, [])

@@ -15,13 +15,18 @@ from zoo.decoder import Decoder
 
 
 @torch.no_grad()
-def update(model: Decoder | Pipeline, mesh: Mesh) -> Tensor | None:
+def update(model: Decoder | Pipeline, mesh: Mesh, *, scale: float = 1.0) -> Tensor | None:
     """Move every router's bias by the load of the whole global batch, and start counting anew (an all-reduce of loads).
 
     Over dp, cp and pp; and over tp, where its ranks route tokens of their own. Routers without such a bias are counted
     only.
 
     Example: loads 4 1 1 have mean 2 and increments −u u u, less their mean u/3: −4u/3 2u/3 2u/3.
+
+    Args:
+        model: whose routers.
+        mesh: over which they counted.
+        scale: what multiplies each router's ``balance_rate``; 0 leaves biases where they are.
 
     Returns:
         (layers, E) tokens sent to each expert, of all ranks and stages; None without experts.
@@ -40,7 +45,7 @@ def update(model: Decoder | Pipeline, mesh: Mesh) -> Tensor | None:
     for place, router in mine.items():
         bias, rate, load = router.balance_bias, router.config.balance_rate, loads[place].to(router.load.dtype)
         if bias is not None and rate is not None:
-            increment = torch.sign(load.mean() - load) * rate
+            increment = torch.sign(load.mean() - load) * (rate * scale)
             bias += increment - increment.mean()
         router.load.zero_()
         router.balance_value.zero_()

@@ -6,11 +6,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
-
-def check(holds: bool, key: str, value: object, allowed: str) -> None:
-    """Raise the one-line ``ValueError`` of a value that a user can correct."""
-    if not holds:
-        raise ValueError(f"{key}={value}: must be {allowed}")
+from trainer.config_check import check
 
 
 @dataclass
@@ -18,11 +14,11 @@ class TrainConfig:
     """One run's updates. Batches are in rows of ``seq_len`` tokens."""
 
     steps: int = MISSING
-    global_batch: int = MISSING  # rows of one update, over all ranks
+    global_batch: int = MISSING  # rows of one update, over all ranks; schedule.batch begins with fewer
     micro_batch: int = MISSING  # rows of one forward
     seq_len: int = MISSING
     max_norm: float = MISSING  # gradients are clipped to this norm
-    mtp_weight: float = MISSING  # of the mean of the MTP losses
+    mtp_weight: float = MISSING  # of the mean of the MTP losses; schedule.mtp_weight scales it
     loss_chunk: int = MISSING  # tokens that have logits at one time
     eval_every: int = MISSING  # updates between evaluations; 0: none
     eval_rows: int = MISSING  # rows of one evaluation, the same each time
@@ -59,36 +55,6 @@ class OptimConfig:
         check(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more, and finite")
         for key in ("beta1", "beta2"):
             check(0 <= getattr(self, key) < 1, f"optim.{key}", getattr(self, key), "from 0 up to, not including, 1")
-
-
-class ScheduleKind(StrEnum):
-    """Shapes of the learning rate."""
-
-    cosine = "cosine"
-    wsd = "wsd"  # warmup, stable, decay
-
-
-class Decay(StrEnum):
-    """How WSD goes down."""
-
-    linear = "linear"
-    sqrt = "sqrt"  # one minus the square root of the progress
-
-
-@dataclass
-class ScheduleConfig:
-    """The learning rate's way from warmup to floor."""
-
-    kind: ScheduleKind = MISSING
-    warmup: int = MISSING  # updates
-    floor: float = MISSING  # last learning rate over the peak
-    decay: int = 0  # wsd: updates of the decay
-    decay_shape: Decay = Decay.linear  # wsd
-
-    def __post_init__(self) -> None:
-        check(self.warmup >= 0, "schedule.warmup", self.warmup, "0 or more")
-        check(0 <= self.floor <= 1, "schedule.floor", self.floor, "0 to 1")
-        check(self.decay >= 0, "schedule.decay", self.decay, "0 or more")
 
 
 class EngineKind(StrEnum):

@@ -58,9 +58,14 @@ class TorchEngine:
             assert isinstance(model, Placed), f"{type(model)=}"
             vocabulary = Vocabulary(lane, model.places["embed.weight"].tp.part.start)
         self.loss = partial(cross_entropy, chunk=train.loss_chunk, vocabulary=vocabulary)
-        depths = model.config.n_mtp
-        each = [train.mtp_weight / depths] * depths if depths else []
-        self.weights = torch.tensor([1.0, *each], dtype=torch.float64, device=mesh.device)
+        self.weigh(mtp_weight=train.mtp_weight)
+
+    def weigh(self, *, mtp_weight: float) -> None:
+        """Set what multiplies the mean of the MTP losses from now on."""
+        self.mtp_weight = mtp_weight
+        depths = self.model.config.n_mtp
+        each = [mtp_weight / depths] * depths if depths else []
+        self.weights = torch.tensor([1.0, *each], dtype=torch.float64, device=self.mesh.device)
 
     def forward_backward(self, batches: Sequence[Batch], counts: Counts) -> Terms:
         """Add the gradients of every micro-batch (parameters over fsdp, gradients and losses over all axes).

@@ -8,15 +8,17 @@ from torch import Tensor
 
 from parallel.config_fit import accumulation
 from parallel.mesh import Mesh
-from trainer import balance, optim, schedule
+from trainer import balance, optim, positions
 from trainer.checkpoint import Checkpoints
-from trainer.config import OptimConfig, ScheduleConfig, TrainConfig
+from trainer.config import OptimConfig, TrainConfig
+from trainer.config_schedule import ScheduleConfig
 from trainer.engine import Terms, TorchEngine, count
 from trainer.evaluate import evaluate
 from trainer.identity import plain
 from trainer.log import Log
 from trainer.metrics import Metrics
 from trainer.sample import Sampler
+from trainer.schedule import Moment, Schedule
 from trainer.state import State
 from trainer.stream import Batch, Streams
 
@@ -30,11 +32,9 @@ class Recipe:
     schedule: ScheduleConfig
     dp: int
 
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches that a rank adds up for one update."""
-        t = self.train
-        return accumulation(global_batch=t.global_batch, micro_batch=t.micro_batch, dp=self.dp)
+    def accumulation(self, rows: int) -> int:
+        """Micro-batches that a rank adds up for an update of so many rows."""
+        return accumulation(global_batch=rows, micro_batch=self.train.micro_batch, dp=self.dp)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Trainer:
         self.streams = streams
         self.recipe = recipe
         self.outputs = outputs
+        self.schedule = Schedule.of(recipe.schedule, train=recipe.train)
+        self.phases = positions.phases(engine.model.config, recipe.schedule.theta)
 
     def fit(self) -> None:
         """Train until all updates are done (all axes)."""
@@ -78,16 +80,27 @@ class Trainer:
 
     def step(self, stream: Iterator[Batch]) -> None:
         """One update (counts and losses over dp, gradients by the engine, norm over the mesh, loads over dp)."""
-        batches = [next(stream) for _ in range(self.recipe.accumulation)]
+        now = self.schedule.at(self.state.step)
+        self._set(now)
+        batches = [next(stream) for _ in range(self.recipe.accumulation(now.rows))]
         counts = count(batches, self.mesh)
         terms = self.engine.forward_backward(batches, counts)
-        factor = schedule.factor(self.recipe.schedule, step=self.state.step, steps=self.recipe.train.steps)
-        lr = self.recipe.optim.lr * factor
+        lr = self.recipe.optim.lr * now.lr
         optim.set_lr(self.engine.optimizer, lr)
         norm = self.engine.update(max_norm=self.recipe.train.max_norm)
-        loads = balance.update(self.engine.model, self.mesh)
-        self.state.advance(tokens=self.recipe.train.global_batch * self.recipe.train.seq_len)
+        loads = balance.update(self.engine.model, self.mesh, scale=now.balance_rate)
+        self.state.advance(tokens=now.rows * self.recipe.train.seq_len)
         self._record(terms, norm=norm, loads=loads, lr=lr)
+
+    def _set(self, now: Moment) -> None:
+        """What changes now and then: the weight of MTP losses, rotary angles."""
+        mtp_weight = self.recipe.train.mtp_weight * now.mtp_weight
+        if mtp_weight != self.engine.mtp_weight:
+            self.engine.weigh(mtp_weight=mtp_weight)
+        if self.phases[now.theta] is not self.engine.model.config:
+            positions.turn(self.engine.model, self.phases[now.theta])
+            theta = self.recipe.schedule.theta[now.theta - 1].theta
+            self.outputs.log.say(f"rotary theta is {theta:,.10g} from update {self.state.step + 1} on")
 
     def _record(self, terms: Terms, *, norm: Tensor, loads: Tensor | None, lr: float) -> None:
         tensors = {"loss": terms.losses[0], "grad_norm": norm}

@@ -47,7 +47,8 @@ class Mesh:
 
         Args:
             what: an axis (pp, dp_replicate, dp_shard, fsdp, cp, tp, ep, edp), or several: dp (different rows), losses
-                (different tokens or layers), shards (different parts of one copy of the model).
+                (different tokens or layers), shards (different parts of one copy of the model), stage (parts or copies
+                of the same layers, in the order of the grids).
         """
         assert what in NAMES, f"{what=}"
         return self.groups.get(what)
@@ -81,7 +82,7 @@ class Mesh:
 
 
 AXES = {"pp", "dp_replicate", "dp_shard", "fsdp", "cp", "tp", "ep", "edp"}
-NAMES = AXES | {"dp", "losses", "shards"}
+NAMES = AXES | {"dp", "losses", "shards", "stage"}
 
 
 def open_mesh(sizes: Sizes, *, rank: int, local_rank: int) -> Mesh:
@@ -119,6 +120,7 @@ def lay_out(sizes: Sizes, *, device: torch.device, rank: int) -> Mesh:
         "dp": ("dp_replicate", shard[0]),
         "losses": ("pp", "dp_replicate", *shard),
         "shards": ("pp", *shard, "tp"),
+        "stage": ("dp_replicate", *shard, "tp"),
     }
     for name in ("pp", "dp_replicate", *shard, "tp"):
         _add_group(mesh, name, split, (name,))

@@ -258,7 +258,7 @@ class Pipeline(Placed):
 
     def sum_copies(self) -> None:
         """Add up the gradients of the embedding that two stages have (an exchange over pp); both get the same sum."""
-        both = self._twins().values()
+        both = self.twins().values()
         for parameter in both:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -276,7 +276,7 @@ class Pipeline(Placed):
         Args:
             tensors: parameters, or moments of them, by the names of parameters.
         """
-        mine = [_local(tensors[name]) for name in self._twins()]
+        mine = [_local(tensors[name]) for name in self.twins()]
         if len(mine) == 2:
             mine[1].copy_(mine[0])
         elif mine:
@@ -284,7 +284,7 @@ class Pipeline(Placed):
             if self.copies:
                 mine[0].copy_(theirs)
 
-    def _twins(self) -> dict[str, nn.Parameter]:
+    def twins(self) -> dict[str, nn.Parameter]:
         """This rank's embeddings that another stage has too, the first stage's first."""
         return {n: p for n, p in self.named_parameters() if self.shares_embed and n in (SHARED, SHARED + COPY)}
 

@@ -128,7 +128,7 @@ def share(name: str, shape: Sequence[int], *, config: ModelConfig, size: int, ra
         return Share(None, n=0, pieces=1, copies=size, rank=rank)
     pieces = size
     if row.kv:
-        attention = _layer(name, config).attention
+        attention = layer_of(name, config).attention
         assert attention is not None, f"{name=}"
         pieces = min(size, attention.n_kv_heads)
     assert size % pieces == 0, f"{name=} {size=} {pieces=}"
@@ -154,7 +154,7 @@ def key(name: str, *, config: ModelConfig) -> str:
     elif parts[0] == "blocks":
         parts = parts[2:]
     if parts[0] == "mixer":
-        layer = _layer(name, config)
+        layer = layer_of(name, config)
         kinds = {"attention": layer.attention, "mla": layer.mla, "deltanet": layer.deltanet}
         parts[0] = next(kind for kind, part in kinds.items() if part is not None)
         if layer.attention is not None and parts[1] in ("q_norm", "k_norm"):
@@ -163,7 +163,7 @@ def key(name: str, *, config: ModelConfig) -> str:
     return ".".join(parts)
 
 
-def _layer(name: str, config: ModelConfig) -> BlockConfig:
+def layer_of(name: str, config: ModelConfig) -> BlockConfig:
     """Config of the layer that a parameter belongs to; a module of multi-token prediction is as the last one."""
     place, number, *_ = name.split(".")
     return config.layers[int(number) if place == "blocks" else -1]

@@ -86,7 +86,7 @@ SILENT = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_", "wait_te
 """Operators that send nothing: what is received was another's to send."""
 
 AXES = ("tp", "cp", "ep", "edp", "dp_shard", "fsdp", "dp_replicate", "pp")
-SEVERAL = ("dp", "losses", "shards")
+SEVERAL = ("dp", "losses", "shards", "stage")
 """Names of groups (parallel/mesh.py): of one axis, and of several together."""
 
 

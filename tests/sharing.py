@@ -1,5 +1,7 @@
 """Small models of many families, and updates of them under any plan, for tests of shared layers."""
 
+from dataclasses import replace
+
 import torch
 from models import compose
 
@@ -11,6 +13,7 @@ from parallel.config_fit import fit
 from parallel.mesh import lay_out, open_mesh
 from trainer import balance
 from trainer.config import OptimConfig, OptimKind, TrainConfig
+from trainer.config_muon import MuonConfig
 from trainer.engine import TorchEngine, count
 from trainer.evaluate import evaluate
 
@@ -21,6 +24,8 @@ SETTINGS = TrainConfig(
     eval_every=0, eval_rows=1, sample_tokens=0, sample_prompt="",
 )  # fmt: skip
 ADAMW = OptimConfig(kind=OptimKind.adamw, lr=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
+NUMBERS = MuonConfig(momentum=0.95, nesterov=True, ns_steps=5, coefficients=[3.4445, -4.775, 2.0315], update_rms=0.2)
+MUON = replace(ADAMW, kind=OptimKind.muon, muon=NUMBERS)
 ALONE = ParallelConfig(dp_replicate=1, dp_shard=1)
 EXACT = PrecisionConfig(Dtype.fp64, Dtype.fp64)
 
@@ -164,7 +169,7 @@ def random_value(name, shape):
 class Case:
     """A small model of a family with random values, and what updates it."""
 
-    def __init__(self, name, plan=ALONE, precision=EXACT, compiler="aot_eager"):
+    def __init__(self, name, plan=ALONE, precision=EXACT, compiler="aot_eager", optim_config=ADAMW):
         self.config = FAMILIES[name]()
         world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self.mesh = joined(fit(plan, world_size=world_size))
@@ -172,7 +177,7 @@ class Case:
             self.config, mesh=self.mesh, precision=precision, plan=plan, seq_len=LENGTH, compiler=compiler
         )
         fill(reduce.views(self.model, self.model.state_dict()), random_value)
-        self.engine = TorchEngine(self.model, mesh=self.mesh, train=SETTINGS, optim_config=ADAMW)
+        self.engine = TorchEngine(self.model, mesh=self.mesh, train=SETTINGS, optim_config=optim_config)
         self.engine.filled()
 
     def update(self, step):

@@ -7,6 +7,7 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 from trainer.config_check import check
+from trainer.config_muon import MuonConfig
 
 
 @dataclass
@@ -36,11 +37,12 @@ class OptimKind(StrEnum):
     """Optimizers."""
 
     adamw = "adamw"
+    muon = "muon"  # for matrices; AdamW for all else
 
 
 @dataclass
 class OptimConfig:
-    """AdamW, arXiv 1711.05101."""
+    """AdamW, arXiv 1711.05101, and Muon."""
 
     kind: OptimKind = MISSING
     lr: float = MISSING  # peak
@@ -48,8 +50,12 @@ class OptimConfig:
     beta1: float = MISSING
     beta2: float = MISSING
     eps: float = MISSING
+    muon: MuonConfig | None = None
 
     def __post_init__(self) -> None:
+        used, given = self.kind is OptimKind.muon, self.muon is not None
+        check(used or not given, "optim.muon", "{…}", f"null where optim.kind={self.kind}")
+        check(given or not used, "optim.muon", "null", f"given where optim.kind={self.kind}, as optim=muon does")
         for key in ("lr", "eps"):
             check(0 < getattr(self, key) < math.inf, f"optim.{key}", getattr(self, key), "above 0, and finite")
         check(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more, and finite")

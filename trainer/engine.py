@@ -52,7 +52,7 @@ class TorchEngine:
     def __init__(self, model: Decoder | Pipeline, *, mesh: Mesh, train: TrainConfig, optim_config: OptimConfig) -> None:
         self.model = model
         self.mesh = mesh
-        self.optimizer = optim.build(model, optim_config)
+        self.optimizer = optim.build(model, optim_config, mesh=mesh)
         lane, vocabulary = mesh.lane("tp"), None
         if lane is not None:
             assert isinstance(model, Placed), f"{type(model)=}"
@@ -131,8 +131,9 @@ class TorchEngine:
         parameters = dict(self.model.named_parameters())
         moments = optim.state(self.model, self.optimizer)
         self.model.match_copies(parameters)
-        for key in sorted(next(iter(moments.values()))):
-            self.model.match_copies({name: state[key] for name, state in moments.items()})
+        alike = {name: state for name, state in moments.items() if name in self.model.twins()}
+        for key in sorted({key for state in alike.values() for key in state}):
+            self.model.match_copies({name: state[key] for name, state in alike.items()})
 
     def update(self, *, max_norm: float) -> Tensor:
         """Clip, step, forget the gradients; the gradient norm before clipping (norm over all axes of a copy)."""

@@ -65,6 +65,7 @@ class Trainer:
     def fit(self) -> None:
         """Train until all updates are done (all axes)."""
         out, config = self.outputs, self.recipe.train
+        out.log.say(optim.table(self.engine.model.config, self.recipe.optim))
         stream = iter(self.streams.train)
         if self.state.step:
             out.log.say(f"goes on after update {self.state.step}")

@@ -1,17 +1,77 @@
-"""AdamW over the parameters of a spread model, and its state by name."""
+"""The optimizer of a spread model, by groups of parameters, and its state by name."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from trainer.config import OptimConfig
+from parallel import reduce
+from parallel.layout import stored_name
+from parallel.mesh import Mesh
+from parallel.pipeline import Pipeline
+from trainer import groups
+from trainer.config import OptimConfig, OptimKind
+from trainer.muon import Muon, Weight, start_momentum
+from zoo.config import ModelConfig
+from zoo.decoder import Decoder
 
 
-def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, vectors (norm weights) do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+class Several(torch.optim.Optimizer):
+    """Optimizers of different parameters as one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        super().__init__([p for part in parts for group in part.param_groups for p in group["params"]], {})
+        self.parts = parts
+        for part in parts:
+            part.state = self.state  # by parameter, of which each has its own
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of each (what they communicate: all axes of a stage under Muon)."""
+        for part in self.parts:
+            part.step()
+
+
+def build(model: Decoder | Pipeline, config: OptimConfig, *, mesh: Mesh | None = None) -> torch.optim.AdamW | Several:
+    """Fused AdamW, or for matrices Muon beside it; what has two dimensions decays, vectors do not.
+
+    Args:
+        model: whose parameters are on their devices already.
+        config: the optimizer.
+        mesh: its processes, which Muon needs where they are several.
+    """
+    by_kind: dict[OptimKind, dict[str, nn.Parameter]] = {kind: {} for kind in OptimKind}
+    for name, parameter in model.named_parameters():
+        found = groups.group(stored_name(name), parameter.shape, config=model.config, kind=config.kind)
+        by_kind[found.optimizer][name] = parameter
+    adamw = _adamw(list(by_kind[OptimKind.adamw].values()), config)
+    if config.kind is OptimKind.adamw:
+        return adamw
+    assert config.muon is not None, f"{config=}"
+    if not by_kind[OptimKind.muon]:  # of a stage that only looks tokens up
+        return Several([adamw])
+    weights = []
+    for name, parameter in by_kind[OptimKind.muon].items():
+        view = reduce.view(model, name, parameter.detach())
+        weights.append(Weight(parameter, view, groups.matrices(name, view.shape, config=model.config)))
+    muon = Muon(
+        weights,
+        config=config.muon,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        stage=None if mesh is None else mesh.lane("stage"),
+        copies=1 if mesh is None else mesh.sizes.dp_replicate,
+        device=next(model.parameters()).device if mesh is None else mesh.device,
+    )
+    return Several([adamw, muon])
+
+
+def _adamw(parameters: Sequence[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    decaying = [p for p in parameters if p.ndim >= 2]
+    others = [p for p in parameters if p.ndim < 2]
     return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [{"params": decaying, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -30,11 +90,23 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[
 
     State that the first update has yet to make is made here, as zeros.
     """
-    for parameter in model.parameters():
-        if not optimizer.state[parameter]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
+    parts = optimizer.parts if isinstance(optimizer, Several) else [optimizer]
+    for part in parts:
+        for parameter in [p for group in part.param_groups for p in group["params"]]:
+            if isinstance(part, Muon):
+                start_momentum(optimizer.state[parameter], parameter)
+            elif not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+                }
     return {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+
+
+def table(config: ModelConfig, optim: OptimConfig) -> str:
+    """What gets which optimizer, learning rate and weight decay, for the start of a run."""
+    with torch.device("meta"):
+        whole = Decoder(config)
+    shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
+    return groups.rendered(groups.table(shapes, config=config, optim=optim))

@@ -25,7 +25,7 @@ SETTINGS = TrainConfig(
 )  # fmt: skip
 ADAMW = OptimConfig(kind=OptimKind.adamw, lr=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
 NUMBERS = MuonConfig(momentum=0.95, nesterov=True, ns_steps=5, coefficients=[3.4445, -4.775, 2.0315], update_rms=0.2)
-MUON = replace(ADAMW, kind=OptimKind.muon, muon=NUMBERS)
+MUON = replace(ADAMW, kind=OptimKind.muon, lr=0.002, muon=NUMBERS)  # as optim=muon
 ALONE = ParallelConfig(dp_replicate=1, dp_shard=1)
 EXACT = PrecisionConfig(Dtype.fp64, Dtype.fp64)
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallel import owners
@@ -21,6 +22,24 @@ def test_rows_cut_by_tp_and_then_by_fsdp_lie_as_the_example_says():
     found = boxes((5, 4), axes=(1, 2, 2), placements=placements)
     assert [box[0] for box in found] == [(0, 2), (3, 4), (2, 3), (4, 5)]
     assert {box[1] for box in found} == {(0, 4)}
+
+
+@settings(deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 13), st.integers(1, 9)),
+    axes=st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4)),
+    dims=st.tuples(st.integers(0, 1), st.sampled_from([0, 1, None])),
+)
+def test_boxes_lie_where_torch_puts_them(shape, axes, dims):
+    fsdp, plan = dims
+    sharded = _StridedShard(fsdp, split_factor=axes[2]) if fsdp == plan else Shard(fsdp)
+    placements = [Replicate(), sharded, Replicate() if plan is None else Shard(plan)]
+    for rank, box in enumerate(boxes(shape, axes=axes, placements=placements)):
+        coordinate = [rank // (axes[1] * axes[2]), rank // axes[2] % axes[1], rank % axes[2]]
+        sizes, corner = _compute_local_shape_and_global_offset(shape, axes, coordinate, placements)
+        assert tuple(stop - start for start, stop in box) == sizes
+        if all(sizes):
+            assert tuple(start for start, _ in box) == corner
 
 
 @settings(deadline=None)

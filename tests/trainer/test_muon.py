@@ -235,7 +235,7 @@ def test_optim_muon_has_published_numbers_and_its_keys_can_be_set():
 
 def test_a_run_with_muon_learns_and_begins_with_its_table(tmp_path, capfd):
     settings = [
-        "optim=muon", "train.steps=12", "train.seq_len=32", "train.global_batch=8", "train.micro_batch=8",
+        "optim=muon", "train.steps=6", "train.seq_len=32", "train.global_batch=8", "train.micro_batch=8",
         "train.eval_every=0", "log.wandb=disabled", f"run_dir={tmp_path}",
     ]  # fmt: skip
     run = composed(*settings)

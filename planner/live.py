@@ -33,6 +33,7 @@ LABELS = {
     "pipeline": "between stages",
     "reduce": "update",
     "optim": "update",
+    "adamw": "update",
     "optimizer": "update",
     "balance": "update",
 }

@@ -7,6 +7,7 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 from trainer.config_check import check
+from trainer.config_groups import Role
 from trainer.config_muon import MuonConfig
 
 
@@ -40,17 +41,30 @@ class OptimKind(StrEnum):
     muon = "muon"  # for matrices; AdamW for all else
 
 
+class Moments(StrEnum):
+    """How AdamW's two moments are stored."""
+
+    full = "full"  # as wide as parameters
+    bf16 = "bf16"  # rounded to the nearest after each update
+
+
+BF16_STEP = 2**-8
+"""Half the step between neighbours in bf16 is at most this share of them: what shrinks by less may stay as it is."""
+
+
 @dataclass
 class OptimConfig:
     """AdamW, arXiv 1711.05101, and Muon."""
 
     kind: OptimKind = MISSING
     lr: float = MISSING  # peak
-    weight_decay: float = MISSING  # of matrices
+    weight_decay: float = MISSING
     beta1: float = MISSING
     beta2: float = MISSING
     eps: float = MISSING
     muon: MuonConfig | None = None
+    moments: Moments = Moments.full  # of AdamW; Muon's momentum is as wide as parameters
+    no_decay: list[Role] | None = None  # what weight_decay passes over; null: what has one dimension
 
     def __post_init__(self) -> None:
         used, given = self.kind is OptimKind.muon, self.muon is not None
@@ -61,6 +75,9 @@ class OptimConfig:
         check(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more, and finite")
         for key in ("beta1", "beta2"):
             check(0 <= getattr(self, key) < 1, f"optim.{key}", getattr(self, key), "from 0 up to, not including, 1")
+            shrinks = self.moments is Moments.full or getattr(self, key) <= 1 - BF16_STEP
+            allowed = f"at most {1 - BF16_STEP} where optim.moments=bf16, whose rounding would undo a smaller decay"
+            check(shrinks, f"optim.{key}", getattr(self, key), allowed)
 
 
 class EngineKind(StrEnum):

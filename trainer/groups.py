@@ -2,26 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from fnmatch import fnmatchcase
 
 from parallel.owners import Matrix
 from parallel.plan import key, layer_of
 from trainer.config import OptimConfig, OptimKind
+from trainer.config_groups import Role
 from zoo.config import ModelConfig
-
-
-class Role(StrEnum):
-    """What a parameter is to its model."""
-
-    embedding = "embedding"
-    head = "head"
-    norm = "norm"
-    bias = "bias"
-    vector = "vector"  # a number for each head, or a gate of one row
-    filter = "filter"  # a short convolution of each channel
-    matrix = "matrix"  # or a bank of them, one an expert
-
 
 ROLES: list[tuple[str, Role]] = [
     ("embed.weight", Role.embedding),
@@ -68,16 +55,25 @@ def role(name: str, *, config: ModelConfig) -> Role:
     return found
 
 
-def group(name: str, shape: Sequence[int], *, config: ModelConfig, kind: OptimKind) -> Group:
+def group(
+    name: str,
+    shape: Sequence[int],
+    *,
+    config: ModelConfig,
+    kind: OptimKind,
+    no_decay: Sequence[Role] | None = None,
+) -> Group:
     """The group of a parameter.
 
     Muon is for matrices, which map one space to another; embeddings and heads map tokens, and with norms, biases and
-    vectors they get AdamW (arXiv 2502.16982, section 2; GLM-4.5, arXiv 2508.06471). What has two dimensions or more
-    decays, biases of experts, which are a row each, among it; vectors do not.
+    vectors they get AdamW (arXiv 2502.16982, section 2; GLM-4.5, arXiv 2508.06471). Without ``no_decay`` what has two
+    dimensions or more decays, biases of experts, which are a row each, among it; vectors do not. With it all decays
+    but those roles. One matrix that is embedding and head is an embedding.
     """
     what = role(name, config=config)
     muon = kind is OptimKind.muon and what is Role.matrix
-    return Group(OptimKind.muon if muon else OptimKind.adamw, what, len(shape) >= 2)
+    decays = len(shape) >= 2 if no_decay is None else what not in no_decay
+    return Group(OptimKind.muon if muon else OptimKind.adamw, what, decays)
 
 
 def matrices(name: str, shape: Sequence[int], *, config: ModelConfig) -> list[Matrix]:
@@ -142,7 +138,8 @@ def table(shapes: Mapping[str, Sequence[int]], *, config: ModelConfig, optim: Op
     """What gets which optimizer, of the parameters of a whole model, in the order of roles."""
     members: dict[Group, list[str]] = {}
     for name, shape in shapes.items():
-        members.setdefault(group(name, shape, config=config, kind=optim.kind), []).append(name)
+        found = group(name, shape, config=config, kind=optim.kind, no_decay=optim.no_decay)
+        members.setdefault(found, []).append(name)
     lines = []
     for each in sorted(members, key=lambda each: (list(Role).index(each.role), not each.decays)):
         names = members[each]

@@ -10,7 +10,9 @@ from parallel.layout import stored_name
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
 from trainer import groups
-from trainer.config import OptimConfig, OptimKind
+from trainer.adamw import STORED, NarrowAdamW, start_moments
+from trainer.config import Moments, OptimConfig, OptimKind
+from trainer.groups import Group
 from trainer.muon import Muon, Weight, start_momentum
 from zoo.config import ModelConfig
 from zoo.decoder import Decoder
@@ -33,33 +35,36 @@ class Several(torch.optim.Optimizer):
             part.step()
 
 
-def build(model: Decoder | Pipeline, config: OptimConfig, *, mesh: Mesh | None = None) -> torch.optim.AdamW | Several:
-    """Fused AdamW, or for matrices Muon beside it; what has two dimensions decays, vectors do not.
+def build(model: Decoder | Pipeline, config: OptimConfig, *, mesh: Mesh | None = None) -> torch.optim.Optimizer:
+    """AdamW, or for matrices Muon beside it; ``groups.group`` says what decays.
 
     Args:
         model: whose parameters are on their devices already.
         config: the optimizer.
         mesh: its processes, which Muon needs where they are several.
     """
-    by_kind: dict[OptimKind, dict[str, nn.Parameter]] = {kind: {} for kind in OptimKind}
+    members: dict[OptimKind, dict[str, tuple[nn.Parameter, Group]]] = {kind: {} for kind in OptimKind}
     for name, parameter in model.named_parameters():
-        found = groups.group(stored_name(name), parameter.shape, config=model.config, kind=config.kind)
-        by_kind[found.optimizer][name] = parameter
-    adamw = _adamw(list(by_kind[OptimKind.adamw].values()), config)
+        found = groups.group(
+            stored_name(name), parameter.shape, config=model.config, kind=config.kind, no_decay=config.no_decay
+        )
+        members[found.optimizer][name] = parameter, found
+    adamw = _adamw(list(members[OptimKind.adamw].values()), config)
     if config.kind is OptimKind.adamw:
         return adamw
     assert config.muon is not None, f"{config=}"
-    if not by_kind[OptimKind.muon]:  # of a stage that only looks tokens up
+    if not members[OptimKind.muon]:  # of a stage that only looks tokens up
         return Several([adamw])
-    weights = []
-    for name, parameter in by_kind[OptimKind.muon].items():
+    weights, decays = [], True
+    for name, (parameter, found) in members[OptimKind.muon].items():
+        decays = decays and found.decays  # matrices have one role: all do, or none
         view = reduce.view(model, name, parameter.detach())
         weights.append(Weight(parameter, view, groups.matrices(name, view.shape, config=model.config)))
     muon = Muon(
         weights,
         config=config.muon,
         lr=config.lr,
-        weight_decay=config.weight_decay,
+        weight_decay=config.weight_decay if decays else 0.0,
         stage=None if mesh is None else mesh.lane("stage"),
         copies=1 if mesh is None else mesh.sizes.dp_replicate,
         device=next(model.parameters()).device if mesh is None else mesh.device,
@@ -67,16 +72,19 @@ def build(model: Decoder | Pipeline, config: OptimConfig, *, mesh: Mesh | None =
     return Several([adamw, muon])
 
 
-def _adamw(parameters: Sequence[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    decaying = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    return torch.optim.AdamW(
-        [{"params": decaying, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+def _adamw(members: Sequence[tuple[nn.Parameter, Group]], config: OptimConfig) -> torch.optim.Optimizer:
+    """The fused AdamW of torch, or ours where moments are narrower than parameters."""
+    split = [
+        {
+            "params": [parameter for parameter, group in members if group.decays is decays],
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+    betas = config.beta1, config.beta2
+    if config.moments is Moments.bf16:
+        return NarrowAdamW(split, lr=config.lr, betas=betas, eps=config.eps)
+    return torch.optim.AdamW(split, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -95,12 +103,9 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[
         for parameter in [p for group in part.param_groups for p in group["params"]]:
             if isinstance(part, Muon):
                 start_momentum(optimizer.state[parameter], parameter)
-            elif not optimizer.state[parameter]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                    "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-                }
+            else:
+                dtype = STORED if isinstance(part, NarrowAdamW) else parameter.dtype
+                start_moments(optimizer.state[parameter], parameter, dtype=dtype)
     return {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
 
 

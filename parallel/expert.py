@@ -193,7 +193,7 @@ class RowRouter(Router):
     lanes: tuple[Lane, ...]
 
     def _over_rows(self, counts: Tensor) -> Tensor:
-        """Sum (B, E) over the ranks that share rows (an all-reduce over each of cp and, with whole experts, tp)."""
+        """Sum in place over the ranks that share rows (an all-reduce over each of cp and, with whole experts, tp)."""
         for lane in self.lanes:
             dist.all_reduce(counts, group=lane.group)
         return counts

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from parallel.comm import Lane, swapped
 from parallel.config import PipelineConfig
@@ -20,6 +19,7 @@ from parallel.config_fit import stages_a_rank
 from parallel.layout import COPY, Placed
 from parallel.mesh import MeshError
 from parallel.partition import rank_of
+from parallel.reduce import local
 from parallel.schedule import SPLIT, Ordered, orders
 from parallel.stage import Stage, whole_backward
 from zoo.block import Block
@@ -136,9 +136,20 @@ class Pipeline(Placed):
 
         What layers communicate besides. Every rank of pp gives the same tokens.
         """
-        length, one = tokens.shape[1], self.parts()[0]
-        tokens, positions, documents = one.fitted(tokens, positions, documents)
-        shape, x = one.states(*tokens.shape), tokens
+        length = tokens.shape[1]
+        tokens, positions, documents = self.parts()[0].fitted(tokens, positions, documents)
+        x = self.through(tokens, positions=positions, documents=documents, objective=objective)
+        last = self._rank(self.n_stages - 1)
+        x = x.contiguous() if self.lane.rank == last else self._empty(tokens, objective)
+        dist.broadcast(x, group=self.lane.group, group_src=last)
+        return x[:, :length] if objective is None else x
+
+    @torch.no_grad()
+    def through(
+        self, tokens: Tensor, *, positions: Tensor, documents: Tensor | None, objective: Objective | None
+    ) -> Tensor:
+        """As ``forward`` of fitted rows, on the rank of the last stage; no other waits for it (sends over pp)."""
+        shape, x = self.parts()[0].states(*tokens.shape), tokens
         for number, stage in zip(self.numbers, self.parts(), strict=True):
             if number and self._rank(number - 1) != self.lane.rank:
                 x = torch.empty(shape, dtype=self.compute_dtype, device=self.device)
@@ -146,12 +157,7 @@ class Pipeline(Placed):
             x = stage(x, positions=positions, documents=documents, objective=objective)
             if number + 1 < self.n_stages and self._rank(number + 1) != self.lane.rank:
                 dist.send(x.contiguous(), group=self.lane.group, group_dst=self._rank(number + 1))
-        last = self._rank(self.n_stages - 1)
-        if self.lane.rank != last:
-            x = self._empty(tokens, objective)
-        x = x.contiguous()
-        dist.broadcast(x, group=self.lane.group, group_src=last)
-        return x[:, :length] if objective is None else x
+        return x
 
     def _empty(self, tokens: Tensor, objective: Objective | None) -> Tensor:
         """Memory for what the last stage gives: logits or losses."""
@@ -262,7 +268,7 @@ class Pipeline(Placed):
         for parameter in both:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [_local(parameter.grad) for parameter in both if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in both if parameter.grad is not None]
         if len(gradients) == 2:
             gradients[0].add_(gradients[1])
             gradients[1].copy_(gradients[0])
@@ -276,7 +282,7 @@ class Pipeline(Placed):
         Args:
             tensors: parameters, or moments of them, by the names of parameters.
         """
-        mine = [_local(tensors[name]) for name in self.twins()]
+        mine = [local(tensors[name]) for name in self.twins()]
         if len(mine) == 2:
             mine[1].copy_(mine[0])
         elif mine:
@@ -292,7 +298,3 @@ class Pipeline(Placed):
         """What the other of the first and the last stage has (a send each way over pp)."""
         peer = self._rank(0) if self.copies else self._rank(self.n_stages - 1)
         return swapped(x, self.lane, peer=peer, device=self.device)
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x

@@ -33,6 +33,8 @@ HEADS = {"n_heads": 8, "head_dim": 8}
 SHRINK = {"d_model": 20, "vocab_size": VOCAB, "n_layers": 3, "init__std": 0.25}
 EXPERTS = {"n_experts": 8, "top_k": 3, "d_expert": 8}
 BALANCE = {"router__balance_rate": 0.01, "router__balance_loss": 0.01}
+DEVICES = {"router__device_loss": {"expert": 0.01, "device": 0.02, "communication": 0.03}, "router__z_loss": 0.01}
+SWITCH = {"router__switch_loss": {"weight": 0.02, "scope": "global_batch"}, "router__z_loss": 0.01}
 
 
 def shrunk(name, parts, **model):
@@ -56,12 +58,12 @@ def llama3():
 
 def deepseek_v3():
     mla = {"n_heads": 4, "q_rank": 10, "kv_rank": 6, "nope_dim": 4, "rope_dim": 2, "v_dim": 5}
-    moe = EXPERTS | {"d_shared": 12, "router__n_groups": 4, "router__top_groups": 2} | BALANCE
+    moe = EXPERTS | {"d_shared": 12, "router__n_groups": 4, "router__top_groups": 2} | BALANCE | DEVICES
     return shrunk("deepseek_v3_tiny", {"mla": mla, "mlp": {"d_ff": 24}, "moe": moe}, n_mtp=2)
 
 
 def qwen3_moe():
-    return shrunk("qwen3_moe_tiny", attention() | {"moe": EXPERTS | BALANCE})
+    return shrunk("qwen3_moe_tiny", attention() | {"moe": EXPERTS | BALANCE | SWITCH})
 
 
 def gemma3():
@@ -142,10 +144,10 @@ def rows(step, n_mtp):
     )
 
 
-def mine(batch, mesh):
-    """This rank's rows in two micro-batches; in as many as it has rows where they go through pipeline stages."""
+def mine(batch, mesh, size=None):
+    """This rank's rows in two micro-batches, or of ``size`` rows; of one row where they go through pipeline stages."""
     share = ROWS // mesh.sizes.dp
-    first, size = mesh.dp_rank * share, 1 if mesh.sizes.pp > 1 else share // 2
+    first, size = mesh.dp_rank * share, size or (1 if mesh.sizes.pp > 1 else share // 2)
     starts = range(first, first + share, size)
     return [Batch(**{k: v[s : s + size] for k, v in vars(batch).items()}) for s in starts]
 
@@ -167,10 +169,10 @@ def random_value(name, shape):
 
 
 class Case:
-    """A small model of a family with random values, and what updates it."""
+    """A small model of a family, or a config, with random values, and what updates it by ``micro`` rows."""
 
-    def __init__(self, name, plan=ALONE, precision=EXACT, compiler="aot_eager", optim_config=ADAMW):
-        self.config = FAMILIES[name]()
+    def __init__(self, name, plan=ALONE, precision=EXACT, compiler="aot_eager", optim_config=ADAMW, micro=None):
+        self.config, self.micro = FAMILIES[name]() if isinstance(name, str) else name, micro
         world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self.mesh = joined(fit(plan, world_size=world_size))
         self.model = build(
@@ -182,12 +184,12 @@ class Case:
 
     def update(self, step):
         """One update; losses, norm and loads."""
-        batches = mine(rows(step, self.config.n_mtp), self.mesh)
+        batches = mine(rows(step, self.config.n_mtp), self.mesh, self.micro)
         terms = self.engine.forward_backward(batches, count(batches, self.mesh))
         norm = self.engine.update(max_norm=SETTINGS.max_norm)
         loads = balance.update(self.model, self.mesh)
         loads = [] if loads is None else loads.flatten().tolist()
-        return [*terms.losses.tolist(), terms.balance.item(), norm.item(), *loads]
+        return [*terms.losses.tolist(), terms.balance.item(), terms.router_z.item(), norm.item(), *loads]
 
     def evaluate(self, step):
         """Mean loss of rows, a part of which this rank has."""

@@ -133,7 +133,9 @@ class LogConfig:
     project: str = MISSING  # Weights & Biases project
     every: float = MISSING  # seconds between plain progress lines where the console is no terminal
     curve: CurveAxis = MISSING  # horizontal axis of plots/loss.png
+    experts: int = MISSING  # updates between records of every expert's load; 0: none
 
     def __post_init__(self) -> None:
+        check(self.experts >= 0, "log.experts", self.experts, "0 or more")
         check(self.every > 0, "log.every", self.every, "above 0")
         check(bool(self.project), "log.project", self.project, "not empty")

@@ -13,7 +13,7 @@ from parallel.fsdp import sync_gradients
 from parallel.layout import Placed
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
-from trainer import optim
+from trainer import balance, optim
 from trainer.config import OptimConfig, TrainConfig
 from trainer.loss import Vocabulary, cross_entropy
 from trainer.stream import Batch
@@ -40,10 +40,12 @@ class Terms:
     Attributes:
         losses: (1 + n_mtp,), nats a target: main, then each depth.
         balance: scalar, the sum of all layers' balance losses.
+        router_z: scalar, the sum of all routers' z-losses.
     """
 
     losses: Tensor
     balance: Tensor
+    router_z: Tensor
 
 
 class TorchEngine:
@@ -73,6 +75,8 @@ class TorchEngine:
         Layers that are shared communicate activations besides: over tp, cp, ep and, from stage to stage, pp.
         """
         divisors = counts.targets.clamp(min=1)
+        if balance.counts_ahead(self.model.config):
+            self._count_ahead(batches)
         if isinstance(self.model, Pipeline):
             total = self._through_stages(self.model, batches, counts)
         else:
@@ -83,12 +87,19 @@ class TorchEngine:
                 (losses * self.weights).sum().backward()
                 total += losses.detach()
         reduce.complete(self.model)
-        routers = self.model.routers().values()
-        balance = sum((router.balance_value for router in routers), start=torch.zeros_like(total[0]))
-        if not self.mesh.sizes.expert_tp:  # each rank of tp has counted its own tokens
-            reduce.total(balance, self.mesh, axis="tp")
-        reduced = reduce.total(torch.cat([total, balance[None].to(total.dtype)]), self.mesh, axis="losses")
-        return Terms(reduced[:-1], reduced[-1])
+        of_routers = balance.losses(self.model, self.mesh)
+        reduced = reduce.total(torch.cat([total, of_routers]), self.mesh, axis="losses")
+        return Terms(reduced[:-2], reduced[-2], reduced[-1])
+
+    @torch.no_grad()
+    def _count_ahead(self, batches: Sequence[Batch]) -> None:
+        """Let routers choose for the whole global batch before any gradient (as forwards; a sum of loads over all)."""
+        forward = self.model.through if isinstance(self.model, Pipeline) else self.model
+        for batch in batches:
+            batch = batch.to(self.mesh.device)
+            objective = Objective(batch.targets, batch.mtp_tokens, batch.mtp_targets, None, nothing)
+            forward(batch.tokens, positions=batch.positions, documents=batch.documents, objective=objective)
+        balance.ahead(self.model, self.mesh)
 
     def _through_stages(self, model: Pipeline, batches: Sequence[Batch], counts: Counts) -> Tensor:
         """Losses of all micro-batches, each a mean over the global batch, and their gradients (all but reductions)."""
@@ -156,6 +167,11 @@ class TorchEngine:
                 if name not in copies
             },
         }
+
+
+def nothing(h: Tensor, weight: Tensor, targets: Tensor, /, *, softcap: float | None) -> Tensor:
+    """The loss of a forward that is made for what it counts."""
+    return torch.zeros((), dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
 
 
 def count(batches: Sequence[Batch], mesh: Mesh) -> Counts:

@@ -9,7 +9,8 @@ from omegaconf.errors import OmegaConfBaseException
 from trainer.manifest import CheckpointError
 from zoo.config import ModelConfig, expanded
 
-STEERING = {"init", "balance_loss"}  # may change from one start to the next, and balance_rate unless it is null
+STEERING = {"init", "balance_loss", "switch_loss", "device_loss", "z_loss"}
+"""What may change from one start to the next, as may ``balance_rate`` unless it is null."""
 
 
 def identity(config: ModelConfig, *, tokenizer: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import secrets
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +17,8 @@ from rich.console import Console
 from trainer.config import LogConfig, Wandb
 from trainer.console import Progress
 from trainer.curve import Curve
-from trainer.metrics import FILE, read
+from trainer.experts import HeatMap
+from trainer.metrics import FILE, LOADS, read, read_loads
 from trainer.record import whole, writing
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Unreachable(RuntimeError):
 class Log:
     """Shows every update that ``metrics.jsonl`` gets; on ranks other than 0 it does nothing.
 
-    A context: leaving it draws the curve once more, gives the terminal back and ends the Weights & Biases run.
+    A context: leaving it draws the pictures once more, gives the terminal back and ends the Weights & Biases run.
     """
 
     def __init__(
@@ -63,14 +64,18 @@ class Log:
             entropy: of the corpus's single tokens in nats, drawn as a line, where it is known.
             console: standard error if none is given.
         """
+        self.config = config
         self._writes = rank == 0
         if not self._writes:
             return
         console = console or Console(stderr=True)
         self._curve = Curve(run_dir / "plots" / "loss.png", title=run_dir.name, axis=config.curve, entropy=entropy)
+        self._experts = HeatMap(run_dir / "plots" / "experts.png", title=run_dir.name)
         before = read(run_dir / FILE)
         for row in before:
             self._curve.add(row)
+        for step, loads in read_loads(run_dir / LOADS):
+            self._experts.add(step, loads)
         self._progress = Progress(total=steps, every=config.every, console=console)
         self._run = None
         if before and before[-1]["step"] >= steps:  # Weights & Biases would get an empty attempt
@@ -82,7 +87,7 @@ class Log:
         self._step = self._drawn = 0  # latest update shown, and the one that the curve was drawn after
 
     def row(self, row: dict[str, float]) -> None:
-        """Show one update, ``row`` being what ``Metrics.write`` returned; draw the curve if it was evaluated."""
+        """Show one update, ``row`` being what ``Metrics.write`` returned; draw the pictures if it was evaluated."""
         if not self._writes:
             return
         self._step = int(row["step"])
@@ -92,6 +97,11 @@ class Log:
             self._run.log(row)
         if "val_loss" in row:
             self._draw()
+
+    def loads(self, step: int, loads: Mapping[str, Sequence[float]]) -> None:
+        """Take tokens of every expert, by layer, for the next picture."""
+        if self._writes:
+            self._experts.add(step, loads)
 
     def say(self, line: str) -> None:
         """Print a line that is not an update."""
@@ -124,12 +134,16 @@ class Log:
 
     def _draw(self) -> None:
         self._curve.draw()
+        pictures = {"loss_curve": self._curve.path}
+        if self._experts.draw():
+            pictures["expert_load"] = self._experts.path
         self._drawn = self._step
         if self._run:
             import wandb
 
-            with writing(self._curve.path.parents[1] / "wandb"):  # the picture is copied there
-                self._run.log({"loss_curve": wandb.Image(str(self._curve.path)), "step": self._step})
+            with writing(self._curve.path.parents[1] / "wandb"):  # pictures are copied there
+                shown = {name: wandb.Image(str(path)) for name, path in pictures.items()}
+                self._run.log({**shown, "step": self._step})
 
 
 def _open_run(

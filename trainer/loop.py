@@ -8,7 +8,7 @@ from torch import Tensor
 
 from parallel.config_fit import accumulation
 from parallel.mesh import Mesh
-from trainer import balance, optim, positions
+from trainer import balance, experts, optim, positions
 from trainer.checkpoint import Checkpoints
 from trainer.config import OptimConfig, TrainConfig
 from trainer.config_schedule import ScheduleConfig
@@ -16,7 +16,7 @@ from trainer.engine import Terms, TorchEngine, count
 from trainer.evaluate import evaluate
 from trainer.identity import plain
 from trainer.log import Log
-from trainer.metrics import Metrics
+from trainer.metrics import Metrics, to_lists
 from trainer.sample import Sampler
 from trainer.schedule import Moment, Schedule
 from trainer.state import State
@@ -60,6 +60,7 @@ class Trainer:
         self.recipe = recipe
         self.outputs = outputs
         self.schedule = Schedule.of(recipe.schedule, train=recipe.train)
+        self.layers = balance.layers(engine.model.config)
         self.phases = positions.phases(engine.model.config, recipe.schedule.theta)
 
     def fit(self) -> None:
@@ -107,12 +108,20 @@ class Trainer:
         tensors = {"loss": terms.losses[0], "grad_norm": norm}
         if len(terms.losses) > 1:
             tensors["mtp_loss"] = terms.losses[1:].mean()
+        done, every = self.state, self.outputs.log.config.experts
+        recorded = loads is not None and every > 0 and done.step % every == 0
         if loads is not None:
-            tensors["balance_loss"] = terms.balance
-            tensors["expert_load_max"] = (loads.amax(dim=1) / loads.mean(dim=1)).amax()
-        done = self.state
+            tensors |= {"balance_loss": terms.balance} | experts.summary(loads)
+            if balance.z_losses(self.engine.model.config):
+                tensors["router_z_loss"] = terms.router_z
+            if recorded:
+                tensors |= experts.by_layer(loads, self.layers)
         values = self.outputs.metrics.add(step=done.step, tokens=done.tokens, tensors=tensors, numbers={"lr": lr})
         guard(values, step=done.step)
+        if loads is not None and recorded:
+            of = dict(zip(self.layers, to_lists(loads), strict=True))
+            self.outputs.metrics.add_loads(done.step, of)
+            self.outputs.log.loads(done.step, of)
 
     def _evaluate(self) -> None:
         loss = evaluate(self.engine, self.streams.validation, self.mesh)

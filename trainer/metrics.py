@@ -4,9 +4,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from trainer.record import whole, writing
 
 FILE = "metrics.jsonl"
+LOADS = "experts.jsonl"
+NUMBERS = {FILE: ("step", "loss"), LOADS: ("step",)}  # in every line of a file: without them it is damaged
 FIRST = ("step", "tokens", "loss", "grad_norm", "lr", "seconds", "tokens_per_second")  # in every line, in this order
 
 
@@ -22,31 +25,24 @@ class MetricsError(ValueError):
 
 
 class Metrics:
-    """Collects what one update gives; on rank 0 it becomes a line of ``metrics.jsonl``.
+    """Collects what one update gives; on rank 0 it becomes a line of ``metrics.jsonl``, loads one of ``experts.jsonl``.
 
     Once an update, in this order: ``start``, ``add``, ``merge`` as often as there is more, ``write``. What happens
     between ``add`` and the next ``start`` (evaluation, checkpoints) is in no ``seconds``.
     """
 
     def __init__(self, run_dir: Path, *, rank: int, step: int) -> None:
-        """Open the file after ``step`` updates; lines past it, of an attempt that was cut short, go.
+        """Go on after ``step`` updates; lines past it, of an attempt that was cut short, go.
 
-        Where that attempt's checkpoints were set aside, a copy of its lines is put beside them.
+        Where that attempt's checkpoints were set aside, copies of its files are put beside them.
 
         Raises:
-            MetricsError: a line of the file is damaged.
+            MetricsError: a line of a file is damaged.
         """
-        self._path = run_dir / FILE
-        self._file: FileIO | None = None
         self._row: dict[str, float] = {}
         self._tokens = 0
         self._started = 0.0
-        if rank == 0:
-            copy_aside(self._path, after=step)
-            cut(self._path, after=step)
-            with writing(self._path):
-                run_dir.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("ab", buffering=0)  # nothing is left to write when a full disk refuses
+        self._rows, self._loads = (Lines(run_dir / name, writes=rank == 0, after=step) for name in (FILE, LOADS))
 
     def start(self, *, tokens: int) -> None:
         """Begin timing an update; ``tokens`` is how many were trained on before it."""
@@ -88,15 +84,58 @@ class Metrics:
             The numbers of the line.
         """
         row = {key: self._row[key] for key in FIRST} | self._row
-        if self._file:
-            line = f"{json.dumps(row)}\n".encode()  # floats by repr: they read back to the last bit
-            with writing(self._path):
-                while line:  # a disk that fills up takes a part, then refuses
-                    line = line[self._file.write(line) :]
+        self._rows.append(row)
         return row
+
+    def add_loads(self, step: int, loads: Mapping[str, Sequence[float]]) -> None:
+        """Append tokens of every expert to ``experts.jsonl`` on rank 0.
+
+        Args:
+            step: number of the update.
+            loads: of each layer with experts, by its name.
+        """
+        self._loads.append({"step": step, "loads": {name: [round(n) for n in each] for name, each in loads.items()}})
 
     def sync(self) -> None:
         """Have the lines so far on the disk, before a checkpoint says that they are there."""
+        for lines in (self._rows, self._loads):
+            lines.sync()
+
+    def close(self) -> None:
+        """Close the files."""
+        for lines in (self._rows, self._loads):
+            lines.close()
+
+
+class Lines:
+    """A file of one JSON object an update, or one every few; where this rank does not write, nothing."""
+
+    def __init__(self, path: Path, *, writes: bool, after: int) -> None:
+        """Drop the lines past update ``after``; the file is made with its first line.
+
+        Raises:
+            MetricsError: a line of the file is damaged.
+        """
+        self._path, self._writes = path, writes
+        self._file: FileIO | None = None
+        if writes:
+            copy_aside(path, after=after)
+            cut(path, after=after)
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Write a line."""
+        if not self._writes:
+            return
+        line = f"{json.dumps(row)}\n".encode()  # floats by repr: they read back to the last bit
+        with writing(self._path):
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("ab", buffering=0)  # nothing is left to write when a full disk refuses
+            while line:  # a disk that fills up takes a part, then refuses
+                line = line[self._file.write(line) :]
+
+    def sync(self) -> None:
+        """Have the lines so far on the disk."""
         if self._file:
             with writing(self._path):
                 os.fsync(self._file.fileno())
@@ -115,6 +154,12 @@ def to_floats(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(tensors, stacked.tolist(), strict=True))
 
 
+def to_lists(x: Tensor) -> list[list[float]]:
+    """A matrix as numbers, in one transfer."""
+    rows: list[list[float]] = x.tolist()
+    return rows
+
+
 def read(path: Path) -> list[dict[str, float]]:
     """The lines of a ``metrics.jsonl``, in order; none if there is no file. A last line torn by a kill is left out.
 
@@ -122,6 +167,12 @@ def read(path: Path) -> list[dict[str, float]]:
         MetricsError: a line is no object with step and loss.
     """
     return [row for _, row in _whole_lines(path)]
+
+
+def read_loads(path: Path) -> Iterator[tuple[int, dict[str, list[int]]]]:
+    """Steps and loads by layer of the lines of an ``experts.jsonl``, in order; as ``read``."""
+    for _, row in _whole_lines(path):
+        yield int(row["step"]), row["loads"]
 
 
 def cut(path: Path, *, after: int) -> None:
@@ -150,9 +201,9 @@ def copy_aside(path: Path, *, after: int) -> None:
     aside = path.parent / "checkpoints" / folders[max(folders)]
     steps = [int(found[1]) for found in _matches(aside, r"step-(\d{8,})")]
     lines = read(path)
-    if not (aside / FILE).exists() and steps and max(steps) > after and lines and lines[-1]["step"] > after:
+    if not (aside / path.name).exists() and steps and max(steps) > after and lines and lines[-1]["step"] > after:
         content = path.read_bytes()
-        with whole(aside / FILE) as partial:
+        with whole(aside / path.name) as partial:
             partial.write_bytes(content)
 
 
@@ -162,21 +213,21 @@ def _matches(folder: Path, pattern: str) -> list[re.Match[str]]:
     return [found for name in names if (found := re.fullmatch(pattern, name))]
 
 
-def _whole_lines(path: Path) -> list[tuple[int, dict[str, float]]]:
+def _whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each whole line with the offset in bytes of its end."""
-    lines: list[tuple[int, dict[str, float]]] = []
     if not path.exists():
-        return lines
-    end = 0
-    *complete, _ = path.read_bytes().split(b"\n")  # what follows the last newline is torn, or nothing
-    for number, line in enumerate(complete, start=1):
-        end += len(line) + 1
-        try:
-            row = json.loads(line)
-            damaged = not all(type(row[key]) in (int, float) for key in ("step", "loss"))
-        except (ValueError, KeyError, TypeError):
-            damaged = True
-        if damaged:
-            raise MetricsError(f"{path}, line {number}: must be a JSON object with numbers as step and loss")
-        lines.append((end, row))
-    return lines
+        return
+    end, keys = 0, NUMBERS.get(path.name, ("step",))
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # torn
+            end += len(line)
+            try:
+                row = json.loads(line)
+                damaged = not all(type(row[key]) in (int, float) for key in keys)
+            except (ValueError, KeyError, TypeError):
+                damaged = True
+            if damaged:
+                raise MetricsError(f"{path}, line {number}: must be a JSON object with numbers as {' and '.join(keys)}")
+            yield end, row

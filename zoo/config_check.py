@@ -23,3 +23,10 @@ def check_finite(part: object, section: str, *keys: str) -> None:
     for key in keys:
         value = getattr(part, key)
         check(value is None or math.isfinite(value), f"{section}.{key}", value, "finite")
+
+
+def check_weights(part: object, section: str, *keys: str) -> None:
+    """``check`` that values of a part's fields are 0 or more and finite; a field that is None is an empty slot."""
+    for key in keys:
+        value = getattr(part, key)
+        check(value is None or 0 <= value < math.inf, f"{section}.{key}", value, "0 or more, and finite")

@@ -1,12 +1,11 @@
 """What works on each token alone, as data: feed-forward layers, routers, experts."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from omegaconf import MISSING
 
-from zoo.config_check import check, check_above_0
+from zoo.config_check import check, check_above_0, check_weights
 
 
 class Activation(StrEnum):
@@ -33,6 +32,13 @@ class GroupScore(StrEnum):
     best_two = "best_two"  # the sum of its best two, biased (DeepSeek-V3)
 
 
+class BatchScope(StrEnum):
+    """Tokens over which a switch loss counts who was chosen; of V2's losses and V3's they are those of a row."""
+
+    micro_batch = "micro_batch"  # train.micro_batch rows, those of one forward
+    global_batch = "global_batch"  # all rows of an update: counted ahead of it (Qwen3)
+
+
 @dataclass
 class MLPConfig:
     """A feed-forward layer."""
@@ -46,8 +52,39 @@ class MLPConfig:
 
 
 @dataclass
+class SwitchLossConfig:
+    """The loss of Switch Transformer, arXiv 2101.03961, section 2.2, for any number of chosen experts."""
+
+    weight: float = 0.0  # what evenly busy experts cost
+    scope: BatchScope = BatchScope.micro_batch
+
+    def __post_init__(self) -> None:
+        check_weights(self, "switch_loss", "weight")
+
+
+@dataclass
+class DeviceLossConfig:
+    """DeepSeek-V2's three weights, arXiv 2405.04434, section 2.2.3; a router's groups are the paper's devices."""
+
+    expert: float = 0.0  # alpha 1: experts of a row are equally busy
+    device: float = 0.0  # alpha 2: devices compute as much
+    communication: float = 0.0  # alpha 3: devices receive as many tokens
+
+    def __post_init__(self) -> None:
+        check_weights(self, "device_loss", "expert", "device", "communication")
+
+    @property
+    def on(self) -> bool:
+        """Whether any of them is."""
+        return max(self.expert, self.device, self.communication) > 0
+
+
+@dataclass
 class RouterConfig:
-    """How a token's experts are chosen and weighted."""
+    """How a token's experts are chosen and weighted, and kept equally busy; docs/decisions/balancing.md has formulas.
+
+    A loss of weight 0 is off; all that are on add up. They are no empty slots, which a command line could not fill.
+    """
 
     score: Score = MISSING
     normalize: bool = MISSING  # the chosen weights are divided by their sum
@@ -58,15 +95,30 @@ class RouterConfig:
     bias: bool = False  # trained, of the logits (gpt-oss)
     softcap: float | None = None  # logits become softcap · tanh(logits / softcap) (Grok 2.5)
     balance_rate: float | None = None  # step of the balancing bias at each update; 0 keeps it still; None: no such bias
-    balance_loss: float = 0.0  # weight of the sequence-wise balance loss; 0: none
+    balance_loss: float = 0.0  # weight of the sequence-wise loss (DeepSeek-V3)
+    switch_loss: SwitchLossConfig = field(default_factory=SwitchLossConfig)  # (Mixtral, Qwen3)
+    device_loss: DeviceLossConfig = field(default_factory=DeviceLossConfig)  # (DeepSeek-V2)
+    z_loss: float = 0.0  # weight of the mean of logsumexp(logits)², ST-MoE, arXiv 2202.08906, equation 5
 
     def __post_init__(self) -> None:
         check_above_0(self, "router", "scale", "n_groups", "top_groups", "softcap")
         within = self.top_groups <= self.n_groups
         check(within, "router.top_groups", self.top_groups, f"1 to n_groups ({self.n_groups})")
-        for key in ("balance_rate", "balance_loss"):
-            value = getattr(self, key)
-            check(value is None or 0 <= value < math.inf, f"router.{key}", value, "0 or more, and finite")
+        check_weights(self, "router", "balance_rate", "balance_loss", "z_loss")
+        for key in ("device", "communication"):
+            weight = getattr(self.device_loss, key)
+            allowed = "0 where router.n_groups=1: groups are its devices"
+            check(weight == 0 or self.n_groups > 1, f"router.device_loss.{key}", weight, allowed)
+
+    @property
+    def adds_loss(self) -> bool:
+        """Whether a router adds anything to the loss that is trained on."""
+        return self.balance_loss > 0 or self.switch_loss.weight > 0 or self.device_loss.on or self.z_loss > 0
+
+    @property
+    def counts_ahead(self) -> bool:
+        """Whether it needs to know what all tokens of an update choose before the first gradient is made."""
+        return self.switch_loss.weight > 0 and self.switch_loss.scope is BatchScope.global_batch
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from itertools import groupby
 
 from zoo.config import BlockConfig, ModelConfig
-from zoo.config_ff import MLPConfig, MoEConfig, RouterConfig
+from zoo.config_ff import BatchScope, MLPConfig, MoEConfig, RouterConfig
 from zoo.config_mixer import (
     AttentionConfig,
     DeltaNetConfig,
@@ -165,4 +165,11 @@ def _router(r: RouterConfig) -> str:
     if r.balance_rate is not None:
         parts.append(f"balanced by a bias moved {r.balance_rate:g} an update")
     parts += [f"sequence-wise balance loss {r.balance_loss:g}"] * bool(r.balance_loss)
+    if r.switch_loss.weight:
+        scope = {BatchScope.micro_batch: "a micro-batch", BatchScope.global_batch: "the global batch"}
+        parts.append(f"switch loss {r.switch_loss.weight:g} over {scope[r.switch_loss.scope]}")
+    d = r.device_loss
+    if d.on:
+        parts.append(f"losses {d.expert:g} over experts, {d.device:g} devices, {d.communication:g} communication")
+    parts += [f"z-loss {r.z_loss:g}"] * bool(r.z_loss)
     return ", ".join(parts)

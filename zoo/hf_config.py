@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.config import BlockConfig, InitConfig, ModelConfig, expanded
-from zoo.config_ff import GroupScore, MoEConfig, Score
+from zoo.config_ff import DeviceLossConfig, GroupScore, MoEConfig, Score, SwitchLossConfig
 from zoo.config_mixer import AttentionConfig, MLAConfig
 from zoo.count import parameters
 from zoo.hf_families import BY_NAME, BY_TYPE
@@ -253,7 +253,8 @@ def _function(config: ModelConfig) -> dict[str, Any]:
         if block.moe is not None:
             router = block.moe.router
             router.balance_rate = None if router.balance_rate is None else 0.0
-            router.balance_loss = 0.0
+            router.balance_loss = router.z_loss = 0.0
+            router.switch_loss, router.device_loss = SwitchLossConfig(), DeviceLossConfig()
             if router.n_groups == 1:
                 router.group_score = GroupScore.best
             if router.score is Score.softmax_chosen:  # the same function

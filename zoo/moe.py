@@ -19,7 +19,8 @@ class MoE(nn.Module):
     """S of E narrow experts for each token, chosen by a router, and a shared expert, if there is one, for all.
 
     Attributes:
-        balance_share: of the balance loss that this rank adds; below 1 where several compute it of the same tokens.
+        balance_share: of the router's losses that this rank adds; below 1 where several compute them of the same
+            tokens.
     """
 
     def __init__(self, config: MoEConfig, *, d_model: int) -> None:
@@ -34,7 +35,7 @@ class MoE(nn.Module):
         self.shared_gate = Linear(d_model, 1) if config.shared_gate else None
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tally]:
-        """Map (B, T, D) to (B, T, D) and count; under training the balance loss rides on the result's gradient."""
+        """Map (B, T, D) to (B, T, D) and count; under training the router's losses ride on the result's gradient."""
         tokens = x.flatten(0, 1)  # (N, D)
         routing = self.router(tokens)
         sent = self.dispatcher.dispatch(
@@ -50,11 +51,11 @@ class MoE(nn.Module):
         if shared is not None:
             y = y + shared
 
-        balance = torch.zeros_like(self.router.balance_value)
-        if context.rows is not None and self.router.config.balance_loss > 0:
-            balance = self.router.balance_loss(routing.scores, rows=x.shape[0]) / context.rows
-            y = AttachLoss.apply(y, balance if self.balance_share == 1 else balance * self.balance_share)
-        return y, Tally(sent.load, balance.detach())
+        balance = z = torch.zeros_like(self.router.balance_value)
+        if context.rows is not None and self.router.config.adds_loss:
+            balance, z = (loss / context.rows for loss in self.router.losses(routing, sent.load, rows=x.shape[0]))
+            y = AttachLoss.apply(y, (balance + z) * self.balance_share)
+        return y, Tally(sent.load, balance.detach(), z.detach())
 
     def _shared(self, x: Tensor) -> Tensor | None:
         if self.shared is None:

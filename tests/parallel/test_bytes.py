@@ -136,14 +136,14 @@ class Formulas:
         return next((axis for axis in ("pp", "tp", "ep", "cp") if vars(self.plan)[axis] > 1), "dp_shard")
 
     def sums(self):
-        """Counts over dp; losses and loads over all ranks but those of tp, which have the same; the norm over all."""
+        """Counts over dp; losses (two are routers') and loads over all but tp, all have these; the norm over all."""
         routers = len(balance.routers(self.config))
         loads = routers * max([layer.moe.n_experts for layer in self.config.layers if layer.moe], default=0)
         names = {"pp": "losses", "tp": "tp", "ep": "ep = dp_shard", "cp": "cp = fsdp", "dp_shard": "dp_shard"}
         everyone, world = names[self.cut()], self.plan.pp * self.fsdp * self.plan.tp
         dp = "dp_shard" if self.cut() == "pp" else everyone
         self.found[dp, "all-reduce"] += all_reduce(self.passes + 1, self.plan.dp_shard)
-        self.found[everyone, "all-reduce"] += all_reduce(self.passes + 1 + loads, world // self.plan.tp)
+        self.found[everyone, "all-reduce"] += all_reduce(self.passes + 2 + loads, world // self.plan.tp)
         self.found[everyone, "all-reduce"] += all_reduce(1, world)
 
     def tensor(self):
@@ -186,7 +186,8 @@ class Formulas:
             passes = 2 if self.again and each == "all-gather" else 1
             self.found["cp = fsdp", each] += (cp - 1) * self.tokens * width * E * self.layers * passes
         routers = balance.routers(self.config)
-        counts = len(routers) * self.rows * block.moe.n_experts * (1 + self.again) if routers else 0
+        counts = 2 * block.moe.n_experts + block.moe.router.n_groups if routers else 0  # of V3's loss, and of V2's
+        counts *= len(routers) * self.rows * (1 + self.again)
         self.found["cp = fsdp", "all-reduce"] += all_reduce(counts, cp)
 
     def pipeline(self):

@@ -149,7 +149,7 @@ def results(model, number, h, grad, remat=Remat.none):
     prefix = f"blocks.{number}."
     grads = {prefix + name: parameter.grad for name, parameter in block.named_parameters()}
     grads = {name: grad for name, grad in grads.items() if grad is not None}
-    return y.detach(), h.grad, grads, tally.load, tally.balance * block.moe.balance_share
+    return y.detach(), h.grad, grads, tally.load, (tally.balance + tally.z) * block.moe.balance_share
 
 
 def on_ranks(layout, families, remat=Remat.none):

@@ -61,7 +61,7 @@ def server():
 
 
 def config(kind):
-    return LogConfig(wandb=kind, project="zoo-test", every=10.0, curve=CurveAxis.linear)
+    return LogConfig(wandb=kind, project="zoo-test", every=10.0, curve=CurveAxis.linear, experts=1)
 
 
 def train(run_dir, *, kind=Wandb.offline, steps=(1, 2, 3), rank=0):

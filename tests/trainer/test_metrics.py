@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from trainer.metrics import FILE, Metrics, MetricsError, cut, read, to_floats
+from trainer.metrics import FILE, LOADS, Metrics, MetricsError, cut, read, read_loads, to_floats
 
 
 def record(metrics, *, step, loss=1.0, more=None):
@@ -86,7 +86,7 @@ def test_a_damaged_line_is_named_and_nothing_is_cut(tmp_path, damage):
 
 def test_a_full_disk_names_the_file(tmp_path):
     metrics = Metrics(tmp_path, rank=0, step=0)
-    metrics._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    metrics._rows._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     with pytest.raises(OSError) as refused:
         record(metrics, step=1)
     assert str(refused.value) == f"cannot write {tmp_path / FILE}: No space left on device"
@@ -99,7 +99,7 @@ def test_a_line_is_written_whole_by_a_disk_that_takes_a_few_bytes_at_a_time(tmp_
             return len(line[:7])
 
     metrics = Metrics(tmp_path, rank=0, step=0)
-    metrics._file = Slow()
+    metrics._rows._file = Slow()
     record(metrics, step=1)
     assert [row["step"] for row in read(tmp_path / "slow")] == [1]
 
@@ -137,3 +137,29 @@ def test_narrow_numbers_and_infinities_arrive_exactly():
     }
     assert to_floats(tensors) == {"half": 0.10009765625, "count": float(2**40), "inf": math.inf}
     assert to_floats({}) == {}
+
+
+def test_loads_of_experts_are_kept_and_cut_as_lines_are(tmp_path):
+    metrics = Metrics(tmp_path, rank=0, step=0)
+    record(metrics, step=1)
+    assert not (tmp_path / LOADS).exists()  # nothing before there are loads
+    for step in (2, 4, 6):
+        metrics.add_loads(step, {"blocks.1": [step, 0.0], "mtp.0": [1.0, 5.0]})
+    metrics.sync()
+    (tmp_path / "checkpoints" / "replaced-1" / "step-00000006").mkdir(parents=True)
+    before = (tmp_path / LOADS).read_bytes()
+    metrics = Metrics(tmp_path, rank=0, step=4)
+    assert (tmp_path / "checkpoints" / "replaced-1" / LOADS).read_bytes() == before
+    metrics.add_loads(6, {"blocks.1": [7, 7]})
+    with (tmp_path / LOADS).open("a") as file:
+        file.write('{"step": 8, "loa')
+    found = [(2, {"blocks.1": [2, 0], "mtp.0": [1, 5]}), (4, {"blocks.1": [4, 0], "mtp.0": [1, 5]})]
+    assert [*read_loads(tmp_path / LOADS)] == [*found, (6, {"blocks.1": [7, 7]})]
+    Metrics(tmp_path, rank=1, step=0).add_loads(9, {"blocks.1": [1, 1]})
+    assert [step for step, _ in read_loads(tmp_path / LOADS)] == [2, 4, 6]
+
+
+def test_a_damaged_line_of_loads_is_named(tmp_path):
+    (tmp_path / LOADS).write_text('{"step": 1, "loads": {}}\n{"loads": {}}\n')
+    with pytest.raises(MetricsError, match=r"experts.jsonl, line 2: must be a JSON object with numbers as step$"):
+        Metrics(tmp_path, rank=0, step=1)

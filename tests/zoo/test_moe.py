@@ -104,7 +104,7 @@ def test_bf16_is_near_float64(shape):
     routing = moe.router(x.flatten(0, 1))
     got, _ = moe(x, context(x))
     assert got.dtype is torch.bfloat16
-    want = plain(moe.double(), x.double(), Routing(routing.chosen, routing.weights.double(), routing.scores))
+    want = plain(moe.double(), x.double(), replace(routing, weights=routing.weights.double()))
     assert (got.double() - want).norm() < 2e-2 * want.norm()
 
 
@@ -112,24 +112,3 @@ def test_lives_on_the_meta_device():
     with torch.device("meta"):
         moe = MoE(MoEConfig(n_experts=4, top_k=2, d_expert=6, d_shared=7, **SHAPES["qwen3_next"]), d_model=5)
     assert all(tensor.is_meta for tensor in [*moe.parameters(), *moe.buffers()])
-
-
-@pytest.mark.parametrize("shape", ["deepseek_v3", "mixtral"])
-def test_attached_loss_adds_its_gradient_and_leaves_the_output_alone(shape):
-    moe = made(**SHAPES[shape] | {"router": replace(SHAPES[shape]["router"], balance_loss=0.1)})
-    x = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
-    rows = torch.tensor(4.0, dtype=torch.float64)
-    with_loss, tally = moe(x, context(x, rows))
-    without, silent = moe(x, context(x))
-    assert torch.equal(with_loss, without)
-    assert silent.balance == 0
-
-    weight = moe.router.weight
-    attached = torch.autograd.grad(with_loss.square().sum(), weight)[0]
-    loss = moe.router.balance_loss(moe.router(x.flatten(0, 1)).scores, rows=2) / rows
-    plain_grad = torch.autograd.grad(without.square().sum() + loss, weight)[0]
-    alone = torch.autograd.grad(moe(x, context(x))[0].square().sum(), weight)[0]
-    torch.testing.assert_close(attached, plain_grad, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(attached, alone, rtol=1e-9)
-    assert tally.balance.item() == pytest.approx(loss.item(), rel=1e-12)
-    assert tally.load.sum() == 2 * 7 * moe.router.top_k

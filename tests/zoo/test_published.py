@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from models import compose
 
-from zoo.config_ff import GroupScore
+from zoo.config_ff import GroupScore, SwitchLossConfig
 from zoo.config_mixer import NormKind, Scaling, Scope, TemperatureConfig, TemperatureKind
 from zoo.rope import phase_factor, softmax_factor
 
@@ -289,12 +290,19 @@ def test_experts_and_their_routing_in_each_layer(name):
 
 
 @sparse
-def test_balancing_where_it_is_that_of_deepseek_v3(name):
-    """Kimi K2's rate and weight are unpublished: ours are DeepSeek-V3's. Other kinds of balancing are not built."""
+def test_balancing_is_the_published_kind(name):
+    """Kimi K2's rate and weight are unpublished: ours are DeepSeek-V3's."""
     config, said = compose(name), TABLE[name]
+    bias, loss = said["moe"].get("bias_balancing"), said["moe"].get("aux_loss") or {}
+    kind, weight = loss.get("kind"), loss.get("coef")
+    switch = {"switch_load_balancing": "micro_batch", "global_batch_load_balancing": "global_batch"}
     for layer in config.layers:
-        if layer.moe is not None:
-            bias, loss = said["moe"].get("bias_balancing"), said["moe"].get("aux_loss", {})
-            rate = None if bias is None else bias.get("update_rate", 0.001)
-            weight = loss.get("coef", 0.0001) if loss.get("kind") == "sequence_wise" else 0
-            assert (layer.moe.router.balance_rate, layer.moe.router.balance_loss) == (rate, weight)
+        if layer.moe is None:
+            continue
+        r = layer.moe.router
+        assert r.balance_rate == (None if bias is None else bias.get("update_rate", 0.001))
+        assert r.balance_loss == ((weight or 0.0001) if kind == "sequence_wise" else 0)
+        switched = {"weight": weight, "scope": switch[kind]} if kind in switch else asdict(SwitchLossConfig())
+        assert asdict(r.switch_loss) == switched
+        assert asdict(r.device_loss) == {key: loss.get(key, 0) for key in ("expert", "device", "communication")}
+        assert r.z_loss == 0

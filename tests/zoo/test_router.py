@@ -148,18 +148,3 @@ def test_only_a_balanced_router_has_the_buffer_and_only_a_biased_one_the_bias():
     assert set(Router(config(), d_model=5).state_dict()) == {"weight"}
     assert set(Router(config(balance_rate=0.0), d_model=5).state_dict()) == {"weight", "balance_bias"}
     assert set(Router(config(bias=True), d_model=5).state_dict()) == {"weight", "bias"}
-
-
-@pytest.mark.parametrize("score", Score)
-def test_balance_loss_equals_the_published_formula(score):
-    c = config(score=score, n_groups=4, top_groups=2, balance_rate=0.001, balance_loss=0.1)
-    router = made(c)
-    scores = router(tokens(2 * 7)).scores
-    want = 0.0
-    for row in scores.view(2, 7, c.n_experts):
-        for expert in range(c.n_experts):
-            chosen = sum(expert in torch.topk(token, c.top_k).indices.tolist() for token in row)
-            fraction = c.n_experts / (c.top_k * 7) * chosen
-            share = sum(token[expert] / token.sum() for token in row) / 7
-            want += 0.1 * fraction * share
-    assert router.balance_loss(scores, rows=2).item() == pytest.approx(want.item(), rel=1e-12)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.metrics import read_loads
 from trainer.stored import read_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +17,9 @@ SMALL = [
     "model=deepseek_v3_tiny", "data=synthetic", "precision=fp64", "log.wandb=disabled", "train.steps=4",
     "train.seq_len=24", "train.global_batch=8", "train.micro_batch=1", "train.eval_every=2", "train.eval_rows=5",
     "checkpoint.every=2", "schedule.warmup=2", "model.blocks.moe.moe.router.balance_rate=0.01",
-    "model.blocks.moe.moe.router.balance_loss=0.01",
+    "model.blocks.moe.moe.router.balance_loss=0.01", "model.blocks.moe.moe.router.z_loss=0.01",
+    "model.blocks.moe.moe.router.switch_loss.weight=0.01",
+    "model.blocks.moe.moe.router.switch_loss.scope=global_batch", "log.experts=2",
 ]  # fmt: skip
 
 
@@ -57,13 +60,29 @@ def test_every_plan_has_the_losses_of_one_process(tmp_path, alone, plan, process
 
 def test_a_run_has_its_files_and_keys(alone):
     run_dir, rows = alone
-    for name in ("run.yaml", "status.json", "plots/loss.png", "checkpoints/step-00000002", "checkpoints/step-00000004"):
+    for name in (
+        "run.yaml",
+        "status.json",
+        "plots/loss.png",
+        "plots/experts.png",
+        "checkpoints/step-00000002",
+        "checkpoints/step-00000004",
+    ):
         assert (run_dir / name).exists(), name
     assert json.loads((run_dir / "status.json").read_text())["outcome"] == "finished"
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["tokens"] for row in rows] == [192, 384, 576, 768]
-    keys = {"loss", "grad_norm", "lr", "mtp_loss", "balance_loss", "expert_load_max", *TIMES}
+    of_layers = {"expert_load_max", "expert_entropy", "dead_experts"}
+    keys = {"loss", "grad_norm", "lr", "mtp_loss", "balance_loss", "router_z_loss", *of_layers, *TIMES}
     assert all(keys <= row.keys() for row in rows)
+    layers = ["blocks.1", "blocks.2", "blocks.3", "mtp.0"]
+    for row in rows:
+        each = {f"{key}/{layer}" for key in of_layers for layer in layers}
+        assert row.keys() & each == (each if row["step"] % 2 == 0 else set())
+    loads = dict(read_loads(run_dir / "experts.jsonl"))
+    assert [*loads] == [2, 4] and all([*of] == layers for of in loads.values())
+    assert {sum(each) for of in loads.values() for each in of.values()} == {8 * 24 * 4}  # tokens, four experts each
+    assert rows[1]["expert_load_max/mtp.0"] == max(loads[2]["mtp.0"]) * 16 / (8 * 24 * 4)
     assert ["val_loss" in row for row in rows] == [False, True, False, True]
 
 
@@ -76,6 +95,7 @@ def test_a_stopped_run_goes_on_bitwise_and_another_plan_goes_on_with_the_same_da
     again = train(part)
     strip = lambda rows: [{k: v for k, v in row.items() if k not in TIMES} for row in rows]  # noqa: E731
     assert strip(again) == strip(want)
+    assert (part / "experts.jsonl").read_bytes() == (run_dir / "experts.jsonl").read_bytes()
     ours, theirs = tensors(run_dir, 4), tensors(part, 4)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -113,13 +113,15 @@ class HeatMap:
 
     def _dress(self, axes: "Axes", *, height: int) -> None:
         """Title, names, and a line between any two layers."""
+        from matplotlib.ticker import MaxNLocator
+
         n = len(self._layers)
         for place in range(1, n):
             axes.axhline(place * height, color="#555555", lw=0.6)
         shown = range(0, n, -(-n // 40))
         axes.set_yticks([(place + 0.5) * height for place in shown], labels=[self._layers[place] for place in shown])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
         experts = self._records[0][1].shape[1]
         title = f"{self._title}: load of {experts} experts a layer"
         if height < experts:

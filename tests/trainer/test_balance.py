@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import compose, randomized
+from sharing import LENGTH, ROWS, Case
 
 from parallel.config_fit import Sizes
 from parallel.mesh import Mesh
@@ -75,3 +76,25 @@ def test_routers_without_a_bias_are_counted_and_not_moved(rates):
 
 def test_a_model_without_experts_has_nothing_to_balance():
     assert balance.update(randomized(compose("llama3_tiny"), seed=0), ALONE) is None
+
+
+def test_biases_sum_to_nothing_whatever_the_loads():
+    model = Layers(0.5)
+    (router,) = model.found
+    for _ in range(300):
+        router.load.copy_(torch.tensor([13.0, 1.0, 1.0, 1.0]))  # three gain what one loses: by u each, they would drift
+        balance.update(model, ALONE)
+    assert router.balance_bias.sum().item() == pytest.approx(0, abs=1e-4)
+    assert router.balance_bias[0] < 0 < router.balance_bias[1]
+
+
+def test_a_bias_moves_once_an_update_by_the_load_of_all_its_micro_batches():
+    case = Case("deepseek_v3", micro=2)
+    routers = [*case.model.routers().values()]
+    before = [router.balance_bias.clone() for router in routers]
+    numbers = case.update(0)
+    loads = torch.tensor(numbers[-8 * len(routers) :], dtype=torch.float64).view(-1, 8)
+    assert loads.sum(dim=1).tolist() == [ROWS * LENGTH * 3] * len(routers)
+    for router, old, load in zip(routers, before, loads, strict=True):
+        step = 0.01 * torch.sign(load.mean() - load)
+        torch.testing.assert_close(router.balance_bias - old, step - step.mean(), rtol=1e-9, atol=1e-12)

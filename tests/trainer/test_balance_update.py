@@ -1,5 +1,7 @@
 """Gradients of whole updates with balance losses, against one plain graph over the whole global batch, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from sharing import ALONE, LENGTH, ROWS, Case, mine, rows, shrunk
@@ -9,7 +11,7 @@ from zoo.decoder import Objective
 from zoo.router import Router
 
 E, K, GROUPS, OPEN, MICRO = 8, 3, 4, 2, 2
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "sequence": {"balance_loss": 0.3},
     "micro": {"switch_loss": {"weight": 0.3, "scope": "micro_batch"}},
     "global": {"switch_loss": {"weight": 0.3, "scope": "global_batch"}},
@@ -78,7 +80,7 @@ def whole_batch(case, kind, step):
     total = (losses / targets * case.engine.weights).sum() + balance + z
     parameters = dict(case.model.named_parameters())
     grads = torch.autograd.grad(total, [*parameters.values()])
-    return balance.item(), float(z), dict(zip(parameters, grads, strict=True))
+    return balance.item(), torch.as_tensor(z).item(), dict(zip(parameters, grads, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

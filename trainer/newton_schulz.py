@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-7  # least norm to divide by: torch.optim.Muon
-BATCH = 8  # matrices of a product, where one does not fill a GPU; a guess of ours
+BATCH = 8  # matrices of a product on CUDA, where one does not fill it; a guess of ours
 LARGE = 2**20  # numbers of a matrix that does
 
 
@@ -20,10 +20,10 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def orthogonal(matrices: Tensor, *, coefficients: Sequence[float], steps: int) -> Tensor:
-    """Orthogonalise each of some matrices.
+    """Orthogonalise each of some matrices, which comes out bitwise the same whatever the others are.
 
-    A matrix comes out the same whatever the others are: on a CPU a batched product is bitwise that of its parts, and
-    on CUDA, where a library may choose by their number, matrices of one size are always as many at a time.
+    On a CPU by products of one after another: a batched product takes another way by how many it holds, and of 4 x 255
+    in bf16 some numbers differ. On CUDA, where a library may choose likewise, as many matrices of a size at a time.
 
     Args:
         matrices: (N, n, m), in the dtype to work in.
@@ -35,20 +35,34 @@ def orthogonal(matrices: Tensor, *, coefficients: Sequence[float], steps: int) -
     """
     if not len(matrices):
         return matrices
-    few = 1 if matrices[0].numel() >= LARGE else BATCH
-    return torch.cat([_batch(some, few, coefficients, steps) for some in matrices.split(few)])
+    if matrices.device.type != "cuda":
+        return torch.stack([_polynomial(x, coefficients, steps) for x in matrices])
+    full = 1 if matrices[0].numel() >= LARGE else BATCH
+    return torch.cat([_filled_up(some, full, coefficients, steps) for some in matrices.split(full)])
 
 
-def _batch(x: Tensor, full: int, coefficients: Sequence[float], steps: int) -> Tensor:
-    n, (a, b, c) = len(x), coefficients
-    if x.device.type == "cuda" and n < full:
-        x = torch.cat([x, x.new_zeros(full - n, *x.shape[1:])])
-    tall = x.shape[1] > x.shape[2]
+def _filled_up(x: Tensor, full: int, coefficients: Sequence[float], steps: int) -> Tensor:
+    """Some matrices and zeros, together ``full``."""
+    zeros = x.new_zeros(full - len(x), *x.shape[1:])
+    return _polynomial(torch.cat([x, zeros]), coefficients, steps)[: len(x)]
+
+
+def _polynomial(x: Tensor, coefficients: Sequence[float], steps: int) -> Tensor:
+    """Of one matrix or of several, (n, m) or (N, n, m)."""
+    a, b, c = coefficients
+    add = torch.addmm if x.ndim == 2 else torch.baddbmm
+    tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    # A norm for itself: over several dimensions of a batch torch adds up in another order.
-    x = x / torch.stack([matrix.norm().clamp(min=EPS) for matrix in x])[:, None, None]
+    x = x / _norm(x)
     for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x)[:n]
+        gram = x @ x.mT
+        x = add(x, add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Of each matrix by itself: over several dimensions of a batch torch adds up in another order."""
+    if x.ndim == 2:
+        return x.norm().clamp(min=EPS)
+    return torch.stack([_norm(matrix) for matrix in x])[:, None, None]

@@ -3,17 +3,21 @@
 import json
 import math
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from models import SHIPPED
+from models import compose as composed_model
 from sharing import ADAMW, ALONE, FAMILIES, MUON, Case
 from torch import nn
 
 from conf import schema
 from launch.world import World
+from parallel import plan
 from parallel.owners import Matrix
 from train import train
 from trainer import groups, newton_schulz, optim
@@ -31,13 +35,13 @@ def plain(name, shape):
     return Matrix(name, tuple(shape), None, period=shape[0], first=0, width=shape[0])
 
 
-def muon(parameters, config=NUMBERS, matrices=None):
+def muon(parameters, config=NUMBERS, matrices=None, weight_decay=0.1):
     weights = [
         Weight(p, p.detach(), [plain(str(i), p.shape)] if matrices is None else matrices[i])
         for i, p in enumerate(parameters)
     ]
     device = torch.device("cpu")
-    return Muon(weights, config=config, lr=0.02, weight_decay=0.1, stage=None, copies=1, device=device)
+    return Muon(weights, config=config, lr=0.02, weight_decay=weight_decay, stage=None, copies=1, device=device)
 
 
 def steps(optimizer, parameters, n=5):
@@ -47,6 +51,7 @@ def steps(optimizer, parameters, n=5):
             p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
             if i == 2:
                 p.grad.zero_()
+        optim.set_lr(optimizer, 0.02 / (1 + step))
         optimizer.step()
 
 
@@ -55,17 +60,44 @@ def drawn(shapes):
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_plain_matrices_are_updated_bitwise_as_by_torch(nesterov):
-    ours, theirs = drawn(SHAPES), drawn(SHAPES)
-    steps(muon(ours, replace(NUMBERS, nesterov=nesterov)), ours)
+OPTIONS = [
+    {},
+    {"nesterov": False},
+    {"momentum": 0.0},
+    {"momentum": 0.5, "ns_steps": 1, "coefficients": [2.0, -1.5, 0.5]},
+    {"nesterov": False, "ns_steps": 7, "coefficients": [1.875, -1.25, 0.375]},
+    {"weight_decay": 0.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_plain_matrices_are_updated_bitwise_as_by_torch(options):
+    ours, theirs, start = drawn(SHAPES), drawn(SHAPES), drawn(SHAPES)
+    decay = {"weight_decay": options.get("weight_decay", 0.1)}
+    config = replace(NUMBERS, **{key: value for key, value in options.items() if key != "weight_decay"})
     reference = torch.optim.Muon(
-        theirs, lr=0.02, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn="match_rms_adamw",
-        ns_coefficients=(3.4445, -4.775, 2.0315),
+        theirs, lr=0.02, momentum=config.momentum, nesterov=config.nesterov, ns_steps=config.ns_steps,
+        ns_coefficients=tuple(config.coefficients), adjust_lr_fn="match_rms_adamw", **decay,
     )  # fmt: skip
+    steps(muon(ours, config, **decay), ours)
     steps(reference, theirs)
-    for got, want, start in zip(ours, theirs, drawn(SHAPES), strict=True):
-        assert torch.equal(got, want) and not torch.equal(got, start)
+    for i, (got, want, before) in enumerate(zip(ours, theirs, start, strict=True)):
+        assert torch.equal(got, want)
+        assert i == 2 or not torch.equal(got, before)  # the third has gradients of zeros
+
+
+def test_a_parameter_without_a_gradient_goes_on_as_with_a_gradient_of_zeros():
+    some, others = drawn(SHAPES[:2]), drawn(SHAPES[:2])
+    optimizers = muon(some), muon(others)
+    for step in range(3):
+        for i, (p, q) in enumerate(zip(some, others, strict=True)):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            q.grad = p.grad.clone()
+            if (i, step) in ((0, 0), (1, 2)):
+                p.grad, q.grad = None, torch.zeros_like(q)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(some, others, strict=True))
 
 
 def test_each_expert_is_orthogonalised_by_itself():
@@ -123,11 +155,25 @@ def test_the_classical_coefficients_reach_the_orthogonal_matrix():
     torch.testing.assert_close(got, u @ v, rtol=0, atol=1e-12)
 
 
-def test_a_matrix_comes_out_the_same_whatever_is_beside_it():
-    x = torch.randn(11, 24, 40).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("n, m", [(24, 40), (4, 255), (255, 4), (3, 400), (2, 512), (8, 8)])
+def test_a_matrix_comes_out_the_same_whatever_is_beside_it(n, m, dtype):
+    """Of 4 x 255 and 3 x 400 in bf16, batched products differ from single ones."""
     run = {"coefficients": NUMBERS.coefficients, "steps": 5}
-    together = newton_schulz.orthogonal(x, **run)
-    assert all(torch.equal(newton_schulz.orthogonal(x[i : i + 1], **run)[0], together[i]) for i in range(11))
+    for seed in range(12):
+        x = torch.randn(8, n, m, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        together = newton_schulz.orthogonal(x, **run)
+        for some in (slice(0, 1), slice(1, 4), slice(4, 6), slice(6, 8)):
+            assert torch.equal(newton_schulz.orthogonal(x[some], **run), together[some])
+
+
+@pytest.mark.parametrize("n, m", [(24, 40), (40, 24), (16, 16)])
+def test_products_of_many_at_a_time_are_those_of_each(n, m):
+    """What a GPU does, in float64 on this CPU."""
+    x = torch.randn(11, n, m, dtype=torch.float64)
+    each = newton_schulz.orthogonal(x, coefficients=NUMBERS.coefficients, steps=5)
+    many = [newton_schulz._filled_up(some, 8, NUMBERS.coefficients, 5) for some in x.split(8)]
+    torch.testing.assert_close(torch.cat(many), each, rtol=0, atol=1e-13)
 
 
 def test_an_update_of_lr_1_has_the_root_mean_square_of_adamw():
@@ -139,13 +185,28 @@ def test_an_update_of_lr_1_has_the_root_mean_square_of_adamw():
     assert rms == pytest.approx(0.2, rel=0.2)  # singular values are 1 only about
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+TINY = [name for name in SHIPPED if name.endswith("_tiny")]
+
+
+def test_all_families_are_here():
+    assert len(TINY) == 21
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_every_parameter_has_a_role_and_matrices_that_hold_each_number_once(name):
-    config = FAMILIES[name]()
+    config = composed_model(name)
     with torch.device("meta"):
         shapes = {key: p.shape for key, p in Decoder(config).named_parameters()}
+    lines = groups.table(shapes, config=config, optim=MUON)
+    assert sum(line.tensors for line in lines) == len(shapes)
+    assert sum(line.numbers for line in lines) == sum(shape.numel() for shape in shapes.values())
     for key, shape in shapes.items():
-        if groups.role(key, config=config) is not Role.matrix:
+        what = groups.role(key, config=config)
+        named = {role for pattern, role in groups.ROLES if fnmatchcase(plan.key(key, config=config), pattern)}
+        assert what in named and (what is not Role.matrix or named == {what}), key
+        muon = groups.group(key, shape, config=config, kind=OptimKind.muon).optimizer is OptimKind.muon
+        assert muon == (what is Role.matrix) and (not muon or len(shape) in (2, 3))
+        if what is not Role.matrix:
             assert len(shape) < 2 or "weight" in key or "bias" in key
             continue
         found = groups.matrices(key, shape, config=config)
@@ -236,6 +297,7 @@ def test_optim_muon_has_published_numbers_and_its_keys_can_be_set():
 def test_a_run_with_muon_learns_and_begins_with_its_table(tmp_path, capfd):
     settings = [
         "optim=muon", "train.steps=6", "train.seq_len=32", "train.global_batch=8", "train.micro_batch=8",
+        "model.d_model=48", "model.n_layers=2", "model.blocks.dense.mlp.d_ff=64",
         "train.eval_every=0", "log.wandb=disabled", f"run_dir={tmp_path}",
     ]  # fmt: skip
     run = composed(*settings)

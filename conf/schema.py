@@ -1,6 +1,7 @@
 """The shape of a run: every room's config under one root, checked before anything is built."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -214,13 +215,17 @@ def explain(error: BaseException) -> str:
     """An error in one line; for what Hydra or OmegaConf found: the key, the value and what is allowed."""
     for cause in (error, error.__cause__):
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-            return _explain_key(cause)
+            word = re.search(r"override '?([\w.]+)", str(error)) if cause is not error else None
+            return _explain_key(cause, word=word[1] if word else "")
     said = str(error).partition("Config search path")[0]  # of a choice that no file has; the choices come before
     return " ".join(said.split()) or type(error).__name__
 
 
-def _explain_key(error: OmegaConfBaseException) -> str:
+def _explain_key(error: OmegaConfBaseException, *, word: str) -> str:
+    """A fault of a key, which OmegaConf names from the root, or from an item of the list that ``word`` sets."""
     key, first = str(error.full_key), str(error).splitlines()[0]
+    if word and not f"{key}.".startswith(f"{word}."):
+        key = f"{word}[…].{key}"
     parent, _, name = key.rpartition(".")
     allowed = [str(each) for each in error.parent_node or [] if each != "hydra"]
     if "not in" in first and name not in allowed:

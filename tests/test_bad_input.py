@@ -63,6 +63,43 @@ def refused(capsys, monkeypatch, *overrides):
         (["model=null"], ["model=null", "llama3_tiny"]),
         (["model.blocks.dense.mla.n_heads=3"], ["model.blocks.dense.mla.n_heads=3", "empty slot"]),
         (["run_dir="], ["run_dir"]),
+        (["optim=sgd"], ["optim", "sgd", "adamw", "muon"]),
+        (["optim.lr=0"], ["optim.lr=0.0: must be above 0, and finite"]),
+        (["optim.lr=nan"], ["optim.lr=nan: must be above 0, and finite"]),
+        (["optim.weight_decay=-1"], ["optim.weight_decay=-1.0: must be 0 or more"]),
+        (["optim.beta2=1"], ["optim.beta2=1.0: must be from 0 up to, not including, 1"]),
+        (["optim.kind=muon"], ["optim.muon=null: must be given where optim.kind=muon"]),
+        (["optim.muon.momentum=0.9"], ["optim.muon.momentum=0.9", "empty slot"]),
+        (["optim=muon", "optim.muon=null"], ["optim.muon=null: must be given where optim.kind=muon"]),
+        (["optim=muon", "optim.kind=adamw"], ["optim.muon={…}: must be null where optim.kind=adamw"]),
+        (["optim=muon", "optim.muon.momentum=1"], ["optim.muon.momentum=1.0: must be from 0 up to, not"]),
+        (["optim=muon", "optim.muon.momentum=fast"], ["optim.muon.momentum", "fast"]),
+        (["optim=muon", "optim.muon.nesterov=maybe"], ["optim.muon.nesterov", "maybe"]),
+        (["optim=muon", "optim.muon.ns_steps=0"], ["optim.muon.ns_steps=0: must be 1 to 99"]),
+        (["optim=muon", "optim.muon.coefficients=[1,2]"], ["optim.muon.coefficients=[1.0, 2.0]: must be three"]),
+        (["optim=muon", "optim.muon.coefficients=[1,2,inf]"], ["optim.muon.coefficients", "finite"]),
+        (["optim=muon", "optim.muon.update_rms=0"], ["optim.muon.update_rms=0.0: must be above 0"]),
+        (["optim=muon", "optim.muon.steps=5"], ["optim.muon.steps", "unknown key", "ns_steps"]),
+        (["schedule=cosin"], ["schedule", "cosin", "cosine", "wsd_sqrt"]),
+        (["schedule.kind=step"], ["schedule.kind", "step", "piecewise"]),
+        (["schedule.warmup=-1"], ["schedule.warmup=-1: must be 0 or more"]),
+        (["schedule.floor=2"], ["schedule.floor=2.0: must be 0 to 1"]),
+        (["schedule.clock=hours"], ["schedule.clock", "hours", "tokens"]),
+        (["schedule=wsd", "schedule.decay_shape=steep"], ["schedule.decay_shape", "steep", "sqrt"]),
+        (["schedule=wsd", "schedule.decay=-3"], ["schedule.decay=-3: must be 0 or more"]),
+        (["schedule.kind=piecewise"], ["schedule.pieces=0: must be at least one piece where kind is piecewise"]),
+        (["schedule.pieces=[{until: 2, value: 1}]"], ["schedule.pieces=1: must be [] where kind is cosine"]),
+        (["schedule.mtp_weight=[{value: 1}]"], ["schedule.mtp_weight[0].until"]),
+        (["schedule.mtp_weight=[{until: 1, worth: 1}]"], ["schedule.mtp_weight[…].worth: unknown key", "until, value"]),
+        (["schedule.mtp_weight=[{until: 1, value: x}]"], ["schedule.mtp_weight[…].value", "'x'"]),
+        (
+            ["schedule.balance_rate=[{until: 9, value: 1}, {until: 3, value: 0}]"],
+            ["schedule.balance_rate[1].until=3.0: must be above 9"],
+        ),
+        (["schedule.batch=[{until: 1, share: 0}]"], ["schedule.batch[0].share=0.0: must be above 0"]),
+        (["schedule.batch=[{until: 1, share: 0.1}]"], ["schedule.batch[0].share=0.1: must be enough for one row"]),
+        (["schedule.theta=[{start: 1, theta: -5}]"], ["schedule.theta[0].theta=-5.0: must be above 0"]),
+        (["schedule.theta=[{start: 1, theta: 9, kinds: [x]}]"], ["schedule.theta[0].kinds=['x']: must be kinds"]),
     ],
 )
 def test_a_wrong_word_is_one_line(capsys, monkeypatch, tmp_path, overrides, words):
@@ -108,6 +145,16 @@ def test_a_checkpoint_of_another_model_is_refused(capsys, monkeypatch, tmp_path)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     line = refused(capsys, monkeypatch, f"run_dir={tmp_path}/run", "model.blocks.dense.mlp.d_ff=48", "train.steps=4")
     assert "d_ff" in line and "32" in line and "48" in line
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(capsys, monkeypatch, tmp_path):
+    command = [sys.executable, "train.py", *SMALL, "model.d_model=32", f"run_dir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    line = refused(capsys, monkeypatch, f"run_dir={tmp_path}/run", "model.d_model=32", "train.steps=4", "optim=muon")
+    assert "momentum_buffer" in line and "step-00000002" in line
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 

@@ -20,14 +20,16 @@ from planner.front import plan
 from trainer.agree import Ranks, lost
 from trainer.checkpoint import Checkpoints
 from trainer.engine import TorchEngine
+from trainer.guard import Diverged
 from trainer.identity import identity
 from trainer.log import Log
-from trainer.loop import Diverged, Outputs, Recipe, Trainer
+from trainer.loop import Outputs, Recipe, Trainer
 from trainer.manifest import CheckpointError
 from trainer.metrics import Metrics, MetricsError
 from trainer.record import record
 from trainer.sample import Sampler
 from trainer.start import start
+from trainer.watch import Watch
 from zoo.hf import HFError
 
 ERRORS = (*schema.USER_ERRORS, DataError, MeshError, CheckpointError, HFError, MetricsError, Diverged, OSError)
@@ -66,7 +68,8 @@ def train(run: schema.RunConfig, *, sizes: Sizes, place: World) -> None:
     entropy = streams.corpus.unigram_entropy
     with Log(run.log, run_dir=folder, rank=mesh.rank, steps=t.steps, settings=settings, entropy=entropy) as log:
         log.say(describe(model, mesh=mesh, precision=run.precision, plan=run.parallel, choice=schema.chosen("model")))
-        outputs = Outputs(metrics, log, checkpoints, sampler)
+        watch = Watch(run.log, train=t, schedule=run.schedule, engine=engine, state=state, folder=folder)
+        outputs = Outputs(metrics, log, checkpoints, sampler, watch)
         recipe = Recipe(t, run.optim, run.schedule, dp=sizes.dp)
         Trainer(engine, mesh=mesh, state=state, streams=streams, recipe=recipe, outputs=outputs).fit()
     mesh.close()

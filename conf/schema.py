@@ -150,6 +150,8 @@ def check(run: RunConfig, *, world_size: int) -> Sizes:
         for _, n in ramp(run):
             _check_stage(run, rows=n, sizes=sizes)
         check_theta(model, run.schedule)
+        if run.log.profile is not None and run.log.profile[1] > t.steps:
+            raise ValueError(f"log.profile={run.log.profile}: must end by train.steps ({t.steps})")
         if t.seq_len > model.context:
             raise ValueError(f"train.seq_len={t.seq_len}: must be at most model.context ({model.context})")
     except ValueError as error:

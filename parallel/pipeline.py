@@ -200,7 +200,8 @@ class Pipeline(Placed):
         assert len(tokens) % n == 0, f"{tokens.shape=} {n=}"
         schedule, stages = self._schedule(n, tokens, depths=objective.mtp_tokens.shape[1])
         for stage in stages:
-            stage.rows, stage.loss, stage.reduces = objective.rows, objective.loss, last
+            stage.rows, stage.reduces = objective.rows, last
+            stage.loss, stage.mtp_loss = objective.loss, objective.mtp_loss
         self._weigh, self._losses = weigh, []
         try:
             schedule.step(

@@ -1,6 +1,6 @@
 """Sums, norms and whole tensors across ranks: the only place that looks at a parameter as a whole."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -96,15 +96,29 @@ def _add_up(gradients: list[Tensor], group: dist.ProcessGroup, device: str) -> N
         gradient.copy_(summed.view_as(gradient))
 
 
-def norm(model: nn.Module, mesh: Mesh) -> Tensor:
-    """Euclidean norm of all gradients of the model, the same on every rank (one all-reduce over pp, fsdp and tp).
+def squares(model: nn.Module, mesh: Mesh, tensors: Mapping[str, Tensor], *, names: Sequence[str]) -> Tensor:
+    """Sum of the squares of each whole parameter, gradient or change of one (one all-reduce over pp, fsdp and tp).
 
     What several ranks have counts once.
+
+    Args:
+        model: a spread model.
+        mesh: over which it is.
+        tensors: as the model holds them, by the names of its parameters; not all have to be there.
+        names: of all parameters of the whole model.
+
+    Returns:
+        (names,), on every rank the same; 0 for what no rank has.
     """
-    counted = [p.grad for name, p in model.named_parameters() if p.grad is not None and _counts(model, name)]
-    squares = [torch.linalg.vector_norm(local(g), dtype=_wide(g.dtype)).square() for g in counted]
-    square = torch.stack(squares).sum().to(mesh.device)  # of what is offloaded, the host has made it
-    return total(square, mesh, axis="shards").sqrt()
+    (dtype,) = {_wide(parameter.dtype) for parameter in model.parameters()}
+    found = {
+        stored_name(name): torch.linalg.vector_norm(local(x), dtype=dtype).square()
+        for name, x in tensors.items()
+        if _counts(model, name)
+    }
+    nothing = torch.zeros((), dtype=dtype, device=next(model.parameters()).device)
+    each = torch.stack([found.get(name, nothing) for name in names])
+    return total(each.to(mesh.device), mesh, axis="shards")  # of what is offloaded, the host has made it
 
 
 def _counts(model: nn.Module, name: str) -> bool:

@@ -22,18 +22,22 @@ class Stage(PipelineStage):
     Attributes:
         rows: of the global batch, for the balance losses.
         loss: sums the loss of states under the head's weight.
+        mtp_loss: the same where multi-token modules give the states; None: ``loss``.
         reduces: whether this run's gradients are summed over FSDP's ranks at its end.
         arrived: is told that a forward or backward has all that it needs.
     """
 
     rows: Tensor | None
     loss: Loss
+    mtp_loss: Loss | None
     reduces: bool
     arrived: Callable[[Event], None]
 
     def forward_maybe_with_nosync(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Run the Decoder on one micro-batch (what its layers communicate)."""
-        objective = Objective(kwargs["targets"], kwargs["mtp_tokens"], kwargs["mtp_targets"], self.rows, self.loss)
+        objective = Objective(
+            kwargs["targets"], kwargs["mtp_tokens"], kwargs["mtp_targets"], self.rows, self.loss, self.mtp_loss
+        )
         states: Tensor = self.submod(
             *args, positions=kwargs["positions"], documents=kwargs["documents"], objective=objective
         )

@@ -1,7 +1,7 @@
 """How a model is trained: batches, optimizer, schedule, checkpoints, logging."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from omegaconf import MISSING
@@ -9,6 +9,7 @@ from omegaconf import MISSING
 from trainer.config_check import check
 from trainer.config_groups import Role
 from trainer.config_muon import MuonConfig
+from trainer.config_outliers import OutliersConfig
 
 
 @dataclass
@@ -26,11 +27,14 @@ class TrainConfig:
     eval_rows: int = MISSING  # rows of one evaluation, the same each time
     sample_tokens: int = MISSING  # tokens of the text sampled at an evaluation; 0: none
     sample_prompt: str = MISSING
+    z_loss: float = 0.0  # weight of the mean of (log Z)², Z the sum of the exponentials of a target's logits
+    outliers: OutliersConfig = field(default_factory=lambda: OutliersConfig(sigma=6, window=128))
+    skip: bool = False  # outliers change nothing
 
     def __post_init__(self) -> None:
         for key in ("steps", "global_batch", "micro_batch", "seq_len", "loss_chunk", "eval_rows", "max_norm"):
             check(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "above 0")
-        for key in ("mtp_weight", "eval_every", "sample_tokens"):
+        for key in ("mtp_weight", "eval_every", "sample_tokens", "z_loss"):
             check(0 <= getattr(self, key) < math.inf, f"train.{key}", getattr(self, key), "0 or more, and finite")
 
 
@@ -134,8 +138,16 @@ class LogConfig:
     every: float = MISSING  # seconds between plain progress lines where the console is no terminal
     curve: CurveAxis = MISSING  # horizontal axis of plots/loss.png
     experts: int = MISSING  # updates between records of every expert's load; 0: none
+    detail: bool = False  # gradient norms, update and activation sizes, by group and layer
+    detail_every: int = 1  # updates between them
+    profile: list[int] | None = None  # first and last update of a trace in <run_dir>/profile
+    spikes: bool = False  # outliers of train.outliers are reported
 
     def __post_init__(self) -> None:
         check(self.experts >= 0, "log.experts", self.experts, "0 or more")
         check(self.every > 0, "log.every", self.every, "above 0")
         check(bool(self.project), "log.project", self.project, "not empty")
+        check(self.detail_every >= 1, "log.detail_every", self.detail_every, "1 or more")
+        p = self.profile
+        pair = p is None or (len(p) == 2 and 1 <= p[0] <= p[1])
+        check(pair, "log.profile", p, "null, or [first, last] update, from 1")

@@ -15,7 +15,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
 from trainer import balance, optim
 from trainer.config import OptimConfig, TrainConfig
-from trainer.loss import Vocabulary, cross_entropy
+from trainer.loss import Vocabulary, ZLoss, cross_entropy
 from trainer.stream import Batch
 from zoo.decoder import Decoder, Objective
 
@@ -41,11 +41,13 @@ class Terms:
         losses: (1 + n_mtp,), nats a target: main, then each depth.
         balance: scalar, the sum of all layers' balance losses.
         router_z: scalar, the sum of all routers' z-losses.
+        z: scalar, the z-loss of the logits, with its weight.
     """
 
     losses: Tensor
     balance: Tensor
     router_z: Tensor
+    z: Tensor
 
 
 class TorchEngine:
@@ -59,7 +61,10 @@ class TorchEngine:
         if lane is not None:
             assert isinstance(model, Placed), f"{type(model)=}"
             vocabulary = Vocabulary(lane, model.places["embed.weight"].tp.part.start)
-        self.loss = partial(cross_entropy, chunk=train.loss_chunk, vocabulary=vocabulary)
+        self.shapes = optim.shapes(model.config)
+        self.z_loss = ZLoss(train.z_loss, torch.zeros((), dtype=torch.float64, device=mesh.device))
+        self.mtp_loss = partial(cross_entropy, chunk=train.loss_chunk, vocabulary=vocabulary)
+        self.loss = partial(self.mtp_loss, z_loss=self.z_loss) if train.z_loss else self.mtp_loss
         self.weigh(mtp_weight=train.mtp_weight)
 
     def weigh(self, *, mtp_weight: float) -> None:
@@ -77,6 +82,7 @@ class TorchEngine:
         divisors = counts.targets.clamp(min=1)
         if balance.counts_ahead(self.model.config):
             self._count_ahead(batches)
+        self.z_loss.total.zero_()
         if isinstance(self.model, Pipeline):
             total = self._through_stages(self.model, batches, counts)
         else:
@@ -88,8 +94,9 @@ class TorchEngine:
                 total += losses.detach()
         reduce.complete(self.model)
         of_routers = balance.losses(self.model, self.mesh)
-        reduced = reduce.total(torch.cat([total, of_routers]), self.mesh, axis="losses")
-        return Terms(reduced[:-2], reduced[-2], reduced[-1])
+        of_logits = self.z_loss.total[None] / divisors[0]
+        reduced = reduce.total(torch.cat([total, of_routers, of_logits]), self.mesh, axis="losses")
+        return Terms(reduced[:-3], *reduced[-3:])
 
     @torch.no_grad()
     def _count_ahead(self, batches: Sequence[Batch]) -> None:
@@ -114,6 +121,7 @@ class TorchEngine:
                 mtp_targets=torch.cat([batch.mtp_targets for batch in some]),
                 rows=counts.rows,
                 loss=self.loss,
+                mtp_loss=self.mtp_loss,
             )
             losses = model.run(
                 torch.cat([batch.tokens for batch in some]),
@@ -130,9 +138,8 @@ class TorchEngine:
     def losses(self, batch: Batch, *, rows: Tensor | None, depths: int) -> Tensor:
         """(1 + depths,) summed losses of one micro-batch of this rank (parameters over dp_shard)."""
         batch = batch.to(self.mesh.device)
-        objective = Objective(
-            batch.targets, batch.mtp_tokens[:, :depths], batch.mtp_targets[:, :depths], rows, self.loss
-        )
+        mtp_tokens, mtp_targets = batch.mtp_tokens[:, :depths], batch.mtp_targets[:, :depths]
+        objective = Objective(batch.targets, mtp_tokens, mtp_targets, rows, self.loss, self.mtp_loss)
         return self.model(batch.tokens, positions=batch.positions, documents=batch.documents, objective=objective)
 
     def filled(self) -> None:
@@ -146,13 +153,27 @@ class TorchEngine:
         for key in sorted({key for state in alike.values() for key in state}):
             self.model.match_copies({name: state[key] for name, state in alike.items()})
 
-    def update(self, *, max_norm: float) -> Tensor:
-        """Clip, step, forget the gradients; the gradient norm before clipping (norm over all axes of a copy)."""
-        norm = reduce.norm(self.model, self.mesh)
+    def squares(self) -> Tensor:
+        """(parameters,) squared gradient norms, in the order of ``shapes`` (one all-reduce over pp, fsdp and tp)."""
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        return reduce.squares(self.model, self.mesh, gradients, names=list(self.shapes))
+
+    def update(self, *, max_norm: float, squares: Tensor | None = None) -> Tensor:
+        """Clip, step, forget the gradients; the gradient norm before clipping (norm over all axes of a copy).
+
+        Args:
+            max_norm: to which gradients are clipped.
+            squares: what ``squares`` has given; None: it is asked.
+        """
+        norm = (self.squares() if squares is None else squares).sum().sqrt()
         reduce.clip(reduce.gradients(self.model), norm=norm, max_norm=max_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.forget()
         return norm
+
+    def forget(self) -> None:
+        """Let go of the gradients; parameters, moments and counts of steps stay as they are."""
+        self.optimizer.zero_grad()
 
     def state(self) -> dict[str, object]:
         """The live tensors that a checkpoint holds and is read into."""

@@ -1,6 +1,5 @@
 """One update after another."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -21,6 +20,7 @@ from trainer.sample import Sampler
 from trainer.schedule import Moment, Schedule
 from trainer.state import State
 from trainer.stream import Batch, Streams
+from trainer.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where a run's results go: a line an update, what is shown, whole states, and text at evaluations (or None)."""
+    """Where a run's results go: a line an update, what is shown, whole states, text at evaluations (or None), looks."""
 
     metrics: Metrics
     log: Log
     checkpoints: Checkpoints
     sampler: Sampler | None
+    watch: Watch
 
 
 class Trainer:
@@ -72,7 +73,8 @@ class Trainer:
             out.log.say(f"goes on after update {self.state.step}")
         while self.state.step < config.steps:
             out.metrics.start(tokens=self.state.tokens)
-            self.step(stream)
+            with out.watch.update(say=out.log.say):
+                self.step(stream)
             if config.eval_every and self._due(config.eval_every):
                 self._evaluate()
             out.log.row(out.metrics.write())
@@ -82,17 +84,22 @@ class Trainer:
 
     def step(self, stream: Iterator[Batch]) -> None:
         """One update (counts and losses over dp, gradients by the engine, norm over the mesh, loads over dp)."""
-        now = self.schedule.at(self.state.step)
+        watch, now = self.outputs.watch, self.schedule.at(self.state.step)
         self._set(now)
         batches = [next(stream) for _ in range(self.recipe.accumulation(now.rows))]
         counts = count(batches, self.mesh)
         terms = self.engine.forward_backward(batches, counts)
         lr = self.recipe.optim.lr * now.lr
         optim.set_lr(self.engine.optimizer, lr)
-        norm = self.engine.update(max_norm=self.recipe.train.max_norm)
-        loads = balance.update(self.engine.model, self.mesh, scale=now.balance_rate)
-        self.state.advance(tokens=now.rows * self.recipe.train.seq_len)
-        self._record(terms, norm=norm, loads=loads, lr=lr)
+        squares = self.engine.squares()
+        with watch.changing():
+            if admitted := watch.admits(loss=terms.losses[0], squares=squares):
+                self.engine.update(max_norm=self.recipe.train.max_norm, squares=squares)
+            else:
+                self.engine.forget()
+        loads = balance.update(self.engine.model, self.mesh, scale=now.balance_rate if admitted else 0.0)
+        self.state.advance(tokens=now.rows * self.recipe.train.seq_len, skipped=not admitted)
+        self._record(terms, squares=squares, loads=loads, lr=lr)
 
     def _set(self, now: Moment) -> None:
         """What changes now and then: the weight of MTP losses, rotary angles."""
@@ -104,11 +111,15 @@ class Trainer:
             theta = self.recipe.schedule.theta[now.theta - 1].theta
             self.outputs.log.say(f"rotary theta is {theta:,.10g} from update {self.state.step + 1} on")
 
-    def _record(self, terms: Terms, *, norm: Tensor, loads: Tensor | None, lr: float) -> None:
-        tensors = {"loss": terms.losses[0], "grad_norm": norm}
+    def _record(self, terms: Terms, *, squares: Tensor, loads: Tensor | None, lr: float) -> None:
+        tensors = {"loss": terms.losses[0], "grad_norm": squares.sum().sqrt()}
         if len(terms.losses) > 1:
             tensors["mtp_loss"] = terms.losses[1:].mean()
-        done, every = self.state, self.outputs.log.config.experts
+        if len(terms.losses) > 2:
+            tensors |= {f"mtp_loss/{depth}": loss for depth, loss in enumerate(terms.losses[1:], start=1)}
+        if self.recipe.train.z_loss:
+            tensors["z_loss"] = terms.z
+        out, done, every = self.outputs, self.state, self.outputs.log.config.experts
         recorded = loads is not None and every > 0 and done.step % every == 0
         if loads is not None:
             tensors |= {"balance_loss": terms.balance} | experts.summary(loads)
@@ -116,12 +127,12 @@ class Trainer:
                 tensors["router_z_loss"] = terms.router_z
             if recorded:
                 tensors |= experts.by_layer(loads, self.layers)
-        values = self.outputs.metrics.add(step=done.step, tokens=done.tokens, tensors=tensors, numbers={"lr": lr})
-        guard(values, step=done.step)
+        numbers = out.watch.read(tensors, squares=squares, say=out.log.say)
+        out.metrics.add(step=done.step, tokens=done.tokens, tensors={}, numbers=numbers | {"lr": lr})
         if loads is not None and recorded:
             of = dict(zip(self.layers, to_lists(loads), strict=True))
-            self.outputs.metrics.add_loads(done.step, of)
-            self.outputs.log.loads(done.step, of)
+            out.metrics.add_loads(done.step, of)
+            out.log.loads(done.step, of)
 
     def _evaluate(self) -> None:
         loss = evaluate(self.engine, self.streams.validation, self.mesh)
@@ -141,18 +152,3 @@ class Trainer:
     def _due(self, every: int) -> bool:
         """Every so many updates (0: never), and after the last."""
         return self.state.step == self.recipe.train.steps or (every > 0 and self.state.step % every == 0)
-
-
-class Diverged(ArithmeticError):
-    """A loss or gradient norm that is no number: the update that made it is in no checkpoint."""
-
-
-def guard(values: dict[str, float], *, step: int) -> None:
-    """Stop a run whose numbers are lost; every rank sees the same ones.
-
-    Raises:
-        Diverged: the loss or the gradient norm is infinite or not a number.
-    """
-    for key in ("loss", "grad_norm"):
-        if not math.isfinite(values[key]):
-            raise Diverged(f"step {step}: {key} is {values[key]}; no checkpoint was made of it")

@@ -11,6 +11,21 @@ from parallel.comm import Lane
 from zoo.linear import widened
 
 
+@dataclass
+class ZLoss:
+    """A penalty on logits that drift: weight · (log Z)², Z the sum of their exponentials.
+
+    Sources: PaLM, arXiv 2204.02311, section 5; at 1e-5 OLMo 2, arXiv 2501.00656, and Chameleon, arXiv 2405.09818.
+
+    Attributes:
+        weight: of the mean over targets.
+        total: scalar; weight · (log Z)² of every target so far is added to it.
+    """
+
+    weight: float
+    total: Tensor
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Which rows of the vocabulary this rank has: those from ``first`` on that its weight holds.
@@ -32,6 +47,7 @@ def cross_entropy(
     chunk: int,
     softcap: float | None = None,
     vocabulary: Vocabulary | None = None,
+    z_loss: ZLoss | None = None,
 ) -> Tensor:
     """Summed cross-entropy in nats, with gradients made chunk by chunk while each chunk's logits exist.
 
@@ -44,11 +60,13 @@ def cross_entropy(
         chunk: how many tokens have logits at one time.
         softcap: logits become softcap · tanh(logits / softcap) first.
         vocabulary: the rows that ``weight`` holds; None: all. The gradient of ``h`` is that of these rows' logits.
+        z_loss: a penalty whose sum is in the gradient, but not in the result, beside which it is counted; not where
+            nothing is trained. None: none.
 
     Returns:
         A scalar in at least fp32, on all ranks that share the vocabulary the same.
     """
-    return _CrossEntropy.apply(h, weight, targets, chunk, softcap, vocabulary, torch.is_grad_enabled())
+    return _CrossEntropy.apply(h, weight, targets, chunk, softcap, vocabulary, z_loss, torch.is_grad_enabled())
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -66,6 +84,7 @@ class _CrossEntropy(torch.autograd.Function):
         chunk: int,
         softcap: float | None,
         vocabulary: Vocabulary | None,
+        z_loss: ZLoss | None,
         training: bool,
     ) -> Tensor:
         wide = torch.promote_types(h.dtype, torch.float32)
@@ -80,21 +99,21 @@ class _CrossEntropy(torch.autograd.Function):
             part, target = h[start : start + chunk].to(matrix.dtype), targets[start : start + chunk]
             logits, logs = buffer[: len(part)], wide_buffer[: len(part)]
             counted = (target >= 0)[:, None]
-            index = target.clamp(min=0)[:, None]
+            index, here = target.clamp(min=0)[:, None], torch.ones_like(counted)
             torch.mm(part, matrix.t(), out=logits)
             logs.copy_(logits)
             slope = None if softcap is None else _cap(logs, softcap)
-            here = torch.ones_like(counted)
             if vocabulary is None:
-                torch.log_softmax(logs, dim=-1, out=logs)
-                result -= logs.gather(1, index).where(counted, 0.0).sum()
+                log_p, log_z = _softmax(logs, index, probabilities=training)
             else:
                 index, here = _own(index, rows=logs.shape[1], vocabulary=vocabulary)
-                result -= _softmax(logs, index, here, lane=vocabulary.lane).where(counted, 0.0).sum()
+                log_p, log_z = _shared_softmax(logs, index, here, lane=vocabulary.lane)
+            result -= log_p.where(counted, 0.0).sum()
             if not training:
                 continue
-            if vocabulary is None:
-                logs.exp_()
+            if z_loss is not None:  # d (log Z)² = 2 log Z · softmax
+                z_loss.total += z_loss.weight * log_z.where(counted, 0.0).square().sum()
+                logs.mul_(1 + 2 * z_loss.weight * log_z)
             logs.scatter_add_(1, index, -here.to(logs.dtype))  # softmax, less one at the target
             logits.copy_(logs if slope is None else logs.mul_(slope))
             # Tokens that do not count are left out of the narrow factors, which is cheaper than out of the wide one.
@@ -106,10 +125,10 @@ class _CrossEntropy(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_h, d_weight = ctx.saved_tensors
         d_h = (d_h * grads[0].to(d_h.dtype)).to(ctx.dtype)
-        return d_h, (d_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None, None
+        return d_h, (d_weight * grads[0]).to(ctx.weight_dtype), *[None] * 6
 
 
 def _own(index: Tensor, *, rows: int, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
@@ -119,15 +138,26 @@ def _own(index: Tensor, *, rows: int, vocabulary: Vocabulary) -> tuple[Tensor, T
     return place.where(here, 0), here
 
 
-def _softmax(logits: Tensor, index: Tensor, here: Tensor, *, lane: Lane) -> Tensor:
-    """Softmax in place over the rows of all ranks; its logarithm at the targets, (n, 1) (two all-reduces over tp)."""
+def _softmax(logits: Tensor, index: Tensor, *, probabilities: bool) -> tuple[Tensor, Tensor]:
+    """Softmax in place, or its logarithm unless ``probabilities``; its logarithm at the targets and log Z, (n, 1)."""
+    before = logits.gather(1, index)
+    torch.log_softmax(logits, dim=-1, out=logits)
+    log_p = logits.gather(1, index)
+    if probabilities:
+        logits.exp_()
+    return log_p, before - log_p
+
+
+def _shared_softmax(logits: Tensor, index: Tensor, here: Tensor, *, lane: Lane) -> tuple[Tensor, Tensor]:
+    """Softmax in place over the rows of all ranks; its logarithm at the targets and log Z (two all-reduces over tp)."""
     largest = logits.amax(dim=1, keepdim=True)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=lane.group)
     target = logits.sub_(largest).gather(1, index).where(here, 0.0)
     sums = torch.cat([logits.exp_().sum(dim=1, keepdim=True), target], dim=1)
     dist.all_reduce(sums, group=lane.group)
     logits.div_(sums[:, :1])
-    return sums[:, 1:] - sums[:, :1].log()
+    log_sum = sums[:, :1].log()
+    return sums[:, 1:] - log_sum, largest + log_sum
 
 
 def _cap(logits: Tensor, cap: float) -> Tensor:

@@ -147,11 +147,17 @@ class Lines:
 
 
 def to_floats(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Scalars of one device as numbers, in one transfer; float64 holds every narrower dtype exactly."""
+    """Scalars of one device as numbers, in one transfer."""
+    return {name: number for name, (number,) in to_numbers(tensors).items()}
+
+
+def to_numbers(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Tensors of one device as numbers, in one transfer; float64 holds every narrower dtype exactly."""
     if not tensors:
         return {}
-    stacked = torch.stack([value.detach().reshape(()).to(torch.float64) for value in tensors.values()])
-    return dict(zip(tensors, stacked.tolist(), strict=True))
+    flat = [value.detach().reshape(-1).to(torch.float64) for value in tensors.values()]
+    numbers = iter(torch.cat(flat).tolist())
+    return {name: [next(numbers) for _ in range(len(part))] for name, part in zip(tensors, flat, strict=True)}
 
 
 def to_lists(x: Tensor) -> list[list[float]]:

@@ -111,7 +111,11 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[
 
 def table(config: ModelConfig, optim: OptimConfig) -> str:
     """What gets which optimizer, learning rate and weight decay, for the start of a run."""
+    return groups.rendered(groups.table(shapes(config), config=config, optim=optim))
+
+
+def shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Names and shapes of the parameters of a whole model."""
     with torch.device("meta"):
         whole = Decoder(config)
-    shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
-    return groups.rendered(groups.table(shapes, config=config, optim=optim))
+    return {name: parameter.shape for name, parameter in whole.named_parameters()}

@@ -39,7 +39,7 @@ def start(engine: TorchEngine, *, checkpoints: Checkpoints, stream: Stream, seed
         if init is not None and engine.mesh.rank == 0:
             log.warning("checkpoint.init=%s: passed over, this run goes on from its own checkpoint", init)
         stream.load_state_dict(progress["stream"])
-        return State(**progress["state"])
+        return State.from_plain(progress["state"])
     if init is None:
         fill_fresh(engine.model, seed=seed)
     else:

@@ -27,6 +27,7 @@ class Objective:
         mtp_targets: (B, depths, T), the tokens 2, 3, … places ahead, negative where none is.
         rows: rows of the global batch, which divide the balance losses; None: evaluation.
         loss: sums the loss of states under the head's weight.
+        mtp_loss: the same where multi-token modules give the states; None: ``loss``.
     """
 
     targets: Tensor
@@ -34,6 +35,7 @@ class Objective:
     mtp_targets: Tensor
     rows: Tensor | None
     loss: Loss
+    mtp_loss: Loss | None = None
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,11 @@ class Decoder(nn.Module):
             logits: Tensor = self.head(h, matrix)
             return logits
         losses = [self.head(h, matrix, self._own(objective.targets), objective.loss)]
+        further = objective.loss if objective.mtp_loss is None else objective.mtp_loss
         for depth, mtp in enumerate(self.depths()[: objective.mtp_tokens.shape[1]]):
             h, tally = mtp(h, self._embed(objective.mtp_tokens[:, depth]), context)
             self._count(mtp.block.moe, tally)
-            losses.append(self.head(h, matrix, self._own(objective.mtp_targets[:, depth]), objective.loss))
+            losses.append(self.head(h, matrix, self._own(objective.mtp_targets[:, depth]), further))
         return torch.stack(losses)
 
     def _embed(self, tokens: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from parallel.layout import is_expert
 from parallel.partition import parts, rank_of
 from parallel.plan import share
 from planner.wire import Wire
-from trainer import balance
+from trainer import balance, optim
 from zoo.decoder import Decoder
 
 E = 8  # bytes of a number in float64, of parameters and states alike
@@ -136,15 +136,15 @@ class Formulas:
         return next((axis for axis in ("pp", "tp", "ep", "cp") if vars(self.plan)[axis] > 1), "dp_shard")
 
     def sums(self):
-        """Counts over dp; losses (two are routers') and loads over all but tp, all have these; the norm over all."""
+        """Counts over dp; losses (three are no predictions) and loads over all but tp, all have these; norms over all."""
         routers = len(balance.routers(self.config))
         loads = routers * max([layer.moe.n_experts for layer in self.config.layers if layer.moe], default=0)
         names = {"pp": "losses", "tp": "tp", "ep": "ep = dp_shard", "cp": "cp = fsdp", "dp_shard": "dp_shard"}
         everyone, world = names[self.cut()], self.plan.pp * self.fsdp * self.plan.tp
         dp = "dp_shard" if self.cut() == "pp" else everyone
         self.found[dp, "all-reduce"] += all_reduce(self.passes + 1, self.plan.dp_shard)
-        self.found[everyone, "all-reduce"] += all_reduce(self.passes + 2 + loads, world // self.plan.tp)
-        self.found[everyone, "all-reduce"] += all_reduce(1, world)
+        self.found[everyone, "all-reduce"] += all_reduce(self.passes + 3 + loads, world // self.plan.tp)
+        self.found[everyone, "all-reduce"] += all_reduce(len(optim.shapes(self.config)), world)
 
     def tensor(self):
         """A layer 4 m and 4 m, 3 m again; embedding and head 2 m each; the loss 3 numbers a token; whole parameters."""

@@ -200,8 +200,7 @@ class Pipeline(Placed):
         assert len(tokens) % n == 0, f"{tokens.shape=} {n=}"
         schedule, stages = self._schedule(n, tokens, depths=objective.mtp_tokens.shape[1])
         for stage in stages:
-            stage.rows, stage.reduces = objective.rows, last
-            stage.loss, stage.mtp_loss = objective.loss, objective.mtp_loss
+            stage.asked, stage.reduces = objective, last
         self._weigh, self._losses = weigh, []
         try:
             schedule.step(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,31 +14,25 @@ from torch.distributed.pipelining.stage import _RecvInfo
 
 from parallel.sends import B, Event, F
 from zoo.decoder import Objective
-from zoo.head import Loss
 
 
 class Stage(PipelineStage):
     """A Decoder in torch's runtime: what training asks of it comes as tensors of each micro-batch.
 
     Attributes:
-        rows: of the global batch, for the balance losses.
-        loss: sums the loss of states under the head's weight.
-        mtp_loss: the same where multi-token modules give the states; None: ``loss``.
+        asked: of all micro-batches; each brings its own tensors of tokens.
         reduces: whether this run's gradients are summed over FSDP's ranks at its end.
         arrived: is told that a forward or backward has all that it needs.
     """
 
-    rows: Tensor | None
-    loss: Loss
-    mtp_loss: Loss | None
+    asked: Objective
     reduces: bool
     arrived: Callable[[Event], None]
 
     def forward_maybe_with_nosync(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Run the Decoder on one micro-batch (what its layers communicate)."""
-        objective = Objective(
-            kwargs["targets"], kwargs["mtp_tokens"], kwargs["mtp_targets"], self.rows, self.loss, self.mtp_loss
-        )
+        parts = {key: kwargs[key] for key in ("targets", "mtp_tokens", "mtp_targets")}
+        objective = replace(self.asked, **parts)
         states: Tensor = self.submod(
             *args, positions=kwargs["positions"], documents=kwargs["documents"], objective=objective
         )

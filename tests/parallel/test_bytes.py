@@ -136,7 +136,7 @@ class Formulas:
         return next((axis for axis in ("pp", "tp", "ep", "cp") if vars(self.plan)[axis] > 1), "dp_shard")
 
     def sums(self):
-        """Counts over dp; losses (three are no predictions) and loads over all but tp, all have these; norms over all."""
+        """Counts over dp; losses (three of no prediction) and loads over all but tp, all have these; norms over all."""
         routers = len(balance.routers(self.config))
         loads = routers * max([layer.moe.n_experts for layer in self.config.layers if layer.moe], default=0)
         names = {"pp": "losses", "tp": "tp", "ep": "ep = dp_shard", "cp": "cp = fsdp", "dp_shard": "dp_shard"}

@@ -31,8 +31,12 @@ class Stage(PipelineStage):
 
     def forward_maybe_with_nosync(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Run the Decoder on one micro-batch (what its layers communicate)."""
-        parts = {key: kwargs[key] for key in ("targets", "mtp_tokens", "mtp_targets")}
-        objective = replace(self.asked, **parts)
+        objective = replace(
+            self.asked,
+            targets=kwargs["targets"],
+            mtp_tokens=kwargs["mtp_tokens"],
+            mtp_targets=kwargs["mtp_targets"],
+        )
         states: Tensor = self.submod(
             *args, positions=kwargs["positions"], documents=kwargs["documents"], objective=objective
         )

@@ -54,8 +54,8 @@ RECIPES = {
         671.0, moments=Moments.bf16,
     ),
     "olmo2_7b": Published(128, 3.9e12, 4.2e6, {0.1e12: 3e-4, 3.9e12: 6.08e-5}, 7.3, EMBEDDING),
-    "olmo2_13b": Published(256, 5e12, 8.4e6, {0.1e12: 9e-4, 5e12: 9e-5}, 13.7, EMBEDDING),
-    "olmo2_32b": Published(512, 6.5e12, 8.4e6, {0.1e12: 6e-4, 6.5e12: 6e-5}, 32.2, EMBEDDING),
+    "olmo2_13b": Published(512, 5e12, 8.4e6, {0.1e12: 9e-4, 5e12: 9e-5}, 13.7, EMBEDDING),
+    "olmo2_32b": Published(1024, 6.5e12, 8.4e6, {0.1e12: 6e-4, 6.5e12: 6e-5}, 32.2, EMBEDDING),
     "smollm3": Published(
         384, 11.14e12, 2.36e6, {9.9e12: 2e-4, 10.52e12: 1e-4, 11.136e12: 0.0}, 3.1, EMBEDDING
     ),

@@ -145,6 +145,13 @@ def test_balancing_ends_and_the_mtp_weight_falls_where_published(name):
     assert [(router.balance_rate, router.balance_loss) for router in routers] == [(0.001, 0.0001)]
 
 
+def test_olmo_2_has_its_z_loss_and_the_32b_skips_outliers():
+    for name in RECIPES:
+        settings = recipe(name).train
+        assert settings.z_loss == (1e-5 if name.startswith("olmo2") else 0)
+        assert settings.skip == (name == "olmo2_32b")
+
+
 def test_batches_grow_as_published():
     llama, deepseek = recipe("llama3_405b"), recipe("deepseek_v3")
     stages = schema.ramp(llama)

@@ -120,12 +120,14 @@ class Outcome:
         tensors: dtype, shape and bytes of every tensor of the last checkpoint, by name.
         progress: of the last checkpoint.
         rows: of metrics.jsonl, without timings.
+        loads: all of experts.jsonl.
     """
 
     checkpoints: list[str]
     tensors: dict[str, tuple[str, bytes]]
     progress: dict[str, Any]
     rows: list[dict[str, Any]]
+    loads: bytes
 
 
 def outcome(run_dir: Path) -> Outcome:
@@ -139,6 +141,7 @@ def outcome(run_dir: Path) -> Outcome:
         tensors={name: (str(stored.kinds[name]), stored[name].numpy().tobytes()) for name in stored},
         progress=manifest.read(folder / names[-1]).progress,
         rows=[{key: row[key] for key in row if key not in TIMINGS} for row in rows],
+        loads=(run_dir / "experts.jsonl").read_bytes(),
     )
 
 

@@ -34,6 +34,7 @@ OVERRIDES = [
     "checkpoint.every=2",
     "checkpoint.keep=2",
     "log.wandb=disabled",
+    "log.experts=1",
 ]
 
 
@@ -83,6 +84,7 @@ def kill_five_times(*, folder: Path, ranks: int) -> list[str]:
     assert start(reference, ranks=ranks, kill=None).wait() == [0] * ranks, reference.with_suffix(".log").read_text()
     expected = outcome(reference)
     assert [row["step"] for row in expected.rows] == list(range(1, STEPS + 1))
+    assert expected.loads.count(b"\n") == STEPS
     for part in ("balance_bias", "exp_avg_sq", "head.weight"):
         assert any(part in name for name in expected.tensors), part
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Array = npt.NDArray[np.float64]
+Narrow = npt.NDArray[np.float32]
 
 COLUMNS = 512  # of the picture at least, once there are so many records; twice as many are kept
 ROWS = 2000  # of pixels at most, for all experts of all layers together
@@ -66,17 +67,17 @@ class HeatMap:
         """Draw to ``path``."""
         self.path = path
         self._title = title
-        self._records: list[tuple[float, Array]] = []  # update, (layers, E) loads as multiples of the mean
+        self._records: list[tuple[float, Narrow]] = []  # update, (layers, E) loads as multiples of the mean
         self._layers: list[str] = []
 
     def add(self, step: int, loads: Mapping[str, Sequence[float]]) -> None:
         """Take the loads of one update, by layer; neighbours are averaged where there are more than can be shown."""
         of = np.array([*loads.values()], dtype=np.float64)
         self._layers = [*loads]
-        self._records.append((step, of / of.mean(axis=1, keepdims=True)))
+        self._records.append((step, (of / of.mean(axis=1, keepdims=True)).astype(np.float32)))
         if len(self._records) >= 2 * COLUMNS:
             pairs = zip(self._records[::2], self._records[1::2], strict=True)
-            self._records = [((a + b) / 2, (x + y) / 2) for (a, x), (b, y) in pairs]
+            self._records = [((a + b) / 2, (x + y) / np.float32(2)) for (a, x), (b, y) in pairs]
 
     def draw(self) -> bool:
         """Write the picture, whole or not at all; whether there was anything to draw."""
@@ -131,7 +132,7 @@ class HeatMap:
         axes.tick_params(labelsize=10, colors=TEXT)
 
 
-def image(loads: Array, *, rows: int) -> tuple[Array, int]:
+def image(loads: Array | Narrow, *, rows: int) -> tuple[Array, int]:
     """Doublings above the mean, as rows of pixels, and how many rows a layer has.
 
     Where experts are more than rows, each row shows the one of its experts that is furthest from the mean.

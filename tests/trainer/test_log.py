@@ -15,6 +15,7 @@ from wandb.proto import wandb_internal_pb2
 
 from trainer.config import CurveAxis, LogConfig, Wandb
 from trainer.log import Log, _run_id
+from trainer.metrics import Metrics
 
 SETTINGS = {"model": {"d_model": 64, "cycle": ["dense"]}, "seed": 3}
 
@@ -133,6 +134,27 @@ def test_the_offline_run_holds_config_metrics_and_the_curve(tmp_path):
     assert (tmp_path / "run" / "plots" / "loss.png").read_bytes() in [picture.read_bytes() for picture in pictures]
     logged = [value for row in rows for key, value in row.items() if key.startswith("loss_curve")]
     assert any("image-file" in str(value) for value in logged)
+
+
+def test_the_load_of_experts_is_drawn_with_the_curve_and_again_after_a_restart(tmp_path):
+    run_dir = tmp_path / "run"
+    with Log(config(Wandb.offline), run_dir=run_dir, rank=0, steps=3, settings=SETTINGS) as log:
+        log.row({"step": 1, "tokens": 64, "loss": 1.0, "tokens_per_second": 1.0, "val_loss": 4.5})
+        assert not (run_dir / "plots" / "experts.png").exists()
+        metrics = Metrics(run_dir, rank=0, step=1)
+        for step in (1, 2):
+            of = {"blocks.1": [1, 2, 9], "blocks.2": [4, 4, 4]}
+            metrics.add_loads(step, of)
+            log.loads(step, of)
+        log.row({"step": 2, "tokens": 128, "loss": 1.0, "tokens_per_second": 1.0, "val_loss": 4.5})
+        first = (run_dir / "plots" / "experts.png").read_bytes()
+    (file,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    assert list(file.parent.glob("files/media/images/expert_load_*.png"))
+    logged = [key for row in history(file) for key in row]
+    assert any(key.startswith("expert_load") for key in logged)
+    with Log(config(Wandb.disabled), run_dir=run_dir, rank=0, steps=3, settings=SETTINGS) as log:
+        log.row({"step": 3, "tokens": 192, "loss": 1.0, "tokens_per_second": 1.0})
+    assert (run_dir / "plots" / "experts.png").read_bytes() == first  # of the loads in the file
 
 
 def test_a_resumed_run_keeps_its_id_and_draws_the_whole_curve(tmp_path):

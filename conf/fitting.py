@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from parallel.config import ContextMethod, ParallelConfig
 from parallel.config_fit import Sizes, check_context, check_tensor
+from trainer.config import OptimConfig, OptimKind
 from trainer.config_schedule import ScheduleConfig
 from zoo.config import BlockConfig, ModelConfig
 
@@ -39,6 +40,25 @@ def check_theta(model: ModelConfig, schedule: ScheduleConfig) -> None:
         if unknown:
             allowed = f"kinds of layer with rotary positions ({', '.join(turning)})"
             raise ValueError(f"schedule.theta[{i}].kinds={unknown}: must be {allowed}")
+
+
+def check_clip(model: ModelConfig, optim: OptimConfig) -> None:
+    """Whether QK-Clip can hold the attention logits of a model.
+
+    Raises:
+        ValueError: a layer normalises queries and keys, or none attends.
+    """
+    if optim.qk_clip is None:
+        return
+    key = f"optim.kind={optim.kind}" if optim.kind is OptimKind.muonclip else "optim.qk_clip={…}"
+    attending = {where: block for where, block in _blocks(model) if block.deltanet is None}
+    if not attending:
+        raise ValueError(f"{key}: QK-Clip is for softmax attention, which no layer of the model has")
+    for where, block in attending.items():
+        if block.attention is not None and block.attention.qk_norm is not None:
+            raise ValueError(
+                f"{key}: {where}.attention.qk_norm must be null: normalised, logits do not follow the weights"
+            )
 
 
 def _blocks(model: ModelConfig) -> Iterator[tuple[str, BlockConfig]]:

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.fitting import check_model, check_theta
+from conf.fitting import check_clip, check_model, check_theta
 from data.config import DataConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.config_fit import Sizes, accumulation, check_pipeline, fit
@@ -150,6 +150,7 @@ def check(run: RunConfig, *, world_size: int) -> Sizes:
         for _, n in ramp(run):
             _check_stage(run, rows=n, sizes=sizes)
         check_theta(model, run.schedule)
+        check_clip(model, run.optim)
         if run.log.profile is not None and run.log.profile[1] > t.steps:
             raise ValueError(f"log.profile={run.log.profile}: must end by train.steps ({t.steps})")
         if t.seq_len > model.context:

@@ -20,7 +20,7 @@ from zoo.attention import Attention
 from zoo.context import Context
 from zoo.decoder import Decoder
 from zoo.deltanet import DeltaNet
-from zoo.kernel import Kernel, render
+from zoo.kernel import Kernel
 from zoo.mask import Mask
 from zoo.mla import MLA
 from zoo.section import Section, section
@@ -50,10 +50,10 @@ class OwnQueries(Kernel):
             results.append(super().forward(queries, k[:, first:end], v[:, first:end], part, sinks=sinks))
         return torch.cat(results, dim=1)
 
-    def prepare(self, mask: Mask) -> None:
+    def prepare(self, mask: Mask | Section) -> None:
         """Make what the kernel reads of a row's mask, which compiled code may not."""
         for part in self._sections(mask):
-            render(part, self.chosen)
+            super().prepare(part)
 
     def _sections(self, mask: Mask | Section) -> tuple[Section, Section]:
         assert isinstance(mask, Mask), f"{mask=}"
@@ -126,6 +126,24 @@ def share_rows(model: Decoder, lane: Lane, method: ContextMethod) -> None:
             become(module.kernel, OwnQueries, lane=lane)
         elif isinstance(module, Attention | MLA):
             become(module.kernel, kernels[method], lane=lane)
+
+
+def own_heads(kernel: Kernel, *, n_heads: int, tp: Lane | None) -> range:
+    """Which of a layer's query heads a kernel attends with on this rank; no communication.
+
+    Example: of 8 heads, tp 2 x cp 2 under ``ulysses``: the second rank of tp has 4 … 7, of which its first of cp 4 … 5.
+
+    Args:
+        kernel: after layers and rows were shared.
+        n_heads: of the layer.
+        tp: the ranks that share layers.
+    """
+    first, lanes = 0, [tp, kernel.lane if isinstance(kernel, ByHeads) else None]
+    for lane in lanes:
+        if lane is not None:
+            n_heads //= lane.size
+            first += lane.rank * n_heads
+    return range(first, first + n_heads)
 
 
 def _for_each(x: Tensor, size: int) -> Tensor:

@@ -29,6 +29,7 @@ KEPT = (
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "torch_attn::_varlen_attn",
     "parallel::ring",
+    "zoo::largest_logits",  # a number a head
     "flex_attention",  # an operator over a function, which has no namespace
 )
 """Operators whose results ``selective`` keeps, by name: products of activations with weights, and fused attention.

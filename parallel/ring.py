@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from parallel.comm import Lane
-from parallel.ring_block import attend, attend_backward
+from parallel.ring_block import Seen, attend, attend_backward
 from zoo.kernel import Kernel, render
 from zoo.kernel_choice import KernelName
+from zoo.kernel_max import largest
 from zoo.mask import Mask
 from zoo.section import Section
 
@@ -35,11 +36,15 @@ class Ring(Kernel):
         assert self.softcap is None and self.temperature is None, f"{self.softcap=} {self.temperature=}"
         name, rank, size = self.lane.group.group_name, self.lane.rank, self.lane.size
         table = mask.table(2 * size)
-        y, _ = ring(q, k, v, mask.pieces, table, mask.window, self.scale, name, rank, size)
+        measures = self.measures
+        y, _, top = ring(q, k, v, mask.pieces, table, mask.window, self.scale, measures, name, rank, size)
+        if measures:
+            self.keep(top)
         return y
 
-    def prepare(self, mask: Mask) -> None:
+    def prepare(self, mask: Mask | Section) -> None:
         """Make what the kernel reads of a row's mask, which compiled code may not."""
+        assert isinstance(mask, Mask), f"{mask=}"
         render(mask, KernelName.plain)
         mask.table(2 * self.lane.size)
 
@@ -53,10 +58,11 @@ def ring(
     table: Tensor | None,
     window: int | None,
     scale: float,
+    measures: bool,
     group: str,
     rank: int,
     size: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attend (n - 1 sends over the group).
 
     Args:
@@ -67,25 +73,31 @@ def ring(
         table: (2 n, 2 n), of ``Mask``.
         window: of ``Mask``.
         scale: of the scores.
+        measures: whether the largest scores are wanted.
         group: name of the group of ranks.
         rank: this one's place.
         size: how many there are, n.
 
     Returns:
-        (B, T/n, H, U), and the logarithm of the denominators, (2, B, H, T/2n), of the head and the tail.
+        (B, T/n, H, U); the logarithm of the denominators, (2, B, H, T/2n), of the head and the tail; and the largest
+        score of each head of own queries, (H,), where it is wanted.
     """
     own = _Own(q, pieces, table, window, rank, size)
     queries, results = own.halves(q), _Merged()
+    top = q.new_full((q.shape[2] if measures else 0,), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     ranks, kv = _Round(group, rank, size), torch.cat([k, v], dim=-1)
     for step in range(size):
         coming = ranks.send(kv) if step < size - 1 else None
         for half, other, causal, mask in own.blocks((rank - step) % size):
             keys, values = own.halves(kv)[other].split([k.shape[-1], v.shape[-1]], dim=-1)
+            if measures:
+                sight = Seen(keys.shape[2], causal, mask, q.device)
+                top = torch.maximum(top, largest(queries[half], keys, sight, scale=scale))
             results.add(half, *attend(queries[half], keys, values, causal=causal, mask=mask, scale=scale))
         if coming is not None:
             kv = coming.wait()
     y = torch.cat([results.of[0][0], results.of[1][0]], dim=2).transpose(1, 2)
-    return y.to(q.dtype).contiguous(), torch.stack([results.of[0][1], results.of[1][1]])
+    return y.to(q.dtype).contiguous(), torch.stack([results.of[0][1], results.of[1][1]]), top
 
 
 @torch.library.custom_op("parallel::ring_backward", mutates_args=())
@@ -235,13 +247,15 @@ def _ring_fake(
     table: Tensor | None,
     window: int | None,
     scale: float,
+    measures: bool,
     group: str,
     rank: int,
     size: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(B, T, H, v.shape[-1]), q.new_empty(2, B, H, T // 2, dtype=wide)
+    denominators, top = q.new_empty(2, B, H, T // 2, dtype=wide), q.new_empty(H if measures else 0, dtype=wide)
+    return q.new_empty(B, T, H, v.shape[-1]), denominators, top
 
 
 @ring_backward.register_fake
@@ -251,15 +265,15 @@ def _ring_backward_fake(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, pieces, table, *settings = inputs
-    ctx.save_for_backward(q, k, v, *output, pieces, table)
-    ctx.settings = settings
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, pieces, table, window, scale, _, *ranks = inputs
+    ctx.save_for_backward(q, k, v, *output[:2], pieces, table)
+    ctx.settings = window, scale, *ranks
 
 
 def _ring_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     found = ring_backward(grads[0], *ctx.saved_tensors, *ctx.settings)
-    return *found, *(None,) * 7
+    return *found, *(None,) * 8
 
 
 ring.register_autograd(_ring_gradients, setup_context=_keep)

@@ -5,6 +5,8 @@ which, unlike it, return that logarithm. The one for CPUs is what tests run; tho
 mask in bf16 and fp16 and the memory-efficient kernel for the rest, were written against their schemas and never run.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,34 @@ from zoo.linear import product_dtype
 HIDDEN = -1e30
 """What is added to a hidden score. Finite: a query that sees nothing of a block then has a tiny denominator in it, and
 no weight when blocks are merged, where kernels make NaN of minus infinity less itself."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What queries of a block see of its keys, for ``zoo.kernel_max``; arguments as those of ``attend``.
+
+    Attributes:
+        n_keys: of the block.
+        causal: as there.
+        mask: as there.
+        device: of the result.
+    """
+
+    n_keys: int
+    causal: bool
+    mask: Tensor | None
+    device: torch.device
+
+    def reach(self, queries: range) -> range:
+        """The keys that some of these queries may see."""
+        return range(queries.stop if self.causal else self.n_keys)
+
+    def part(self, *, queries: range, keys: range) -> Tensor:
+        """(B or 1, 1, queries, keys), true where a query sees a key."""
+        if self.mask is not None:
+            return self.mask[..., queries.start : queries.stop, keys.start : keys.stop]
+        seen = torch.ones(len(queries), len(keys), dtype=torch.bool, device=self.device)
+        return (seen.tril(queries.start) if self.causal else seen)[None, None]
 
 
 def attend(

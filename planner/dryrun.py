@@ -145,6 +145,7 @@ def _trace(engine: TorchEngine, batches: Sequence[Rows], *, live: Live, offload:
         gradients = [reduce.local(gradient) for gradient in reduce.gradients(model)]
         whole = live.sizes(gradients)
         engine.update(max_norm=1.0)
+        engine.attention()
         there = live.sizes(gradients, until=live.peak.clock)
         balance.update(model, engine.mesh)
     at_peak = live.peak.by - there

@@ -13,6 +13,7 @@ from parallel.config_fit import fit
 from parallel.mesh import lay_out, open_mesh
 from trainer import balance
 from trainer.config import OptimConfig, OptimKind, TrainConfig
+from trainer.config_clip import QKClipConfig
 from trainer.config_muon import MuonConfig
 from trainer.engine import TorchEngine, count
 from trainer.evaluate import evaluate
@@ -26,6 +27,7 @@ SETTINGS = TrainConfig(
 ADAMW = OptimConfig(kind=OptimKind.adamw, lr=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
 NUMBERS = MuonConfig(momentum=0.95, nesterov=True, ns_steps=5, coefficients=[3.4445, -4.775, 2.0315], update_rms=0.2)
 MUON = replace(ADAMW, kind=OptimKind.muon, lr=0.002, muon=NUMBERS)  # as optim=muon
+MUONCLIP = replace(MUON, kind=OptimKind.muonclip, qk_clip=QKClipConfig(tau=0.5, alpha=0.5))  # far below 100
 ALONE = ParallelConfig(dp_replicate=1, dp_shard=1)
 EXACT = PrecisionConfig(Dtype.fp64, Dtype.fp64)
 
@@ -181,15 +183,18 @@ class Case:
         fill(reduce.views(self.model, self.model.state_dict()), random_value)
         self.engine = TorchEngine(self.model, mesh=self.mesh, train=SETTINGS, optim_config=optim_config)
         self.engine.filled()
+        self.attention = None
 
     def update(self, step):
         """One update; losses, norm and loads."""
         batches = mine(rows(step, self.config.n_mtp), self.mesh, self.micro)
         terms = self.engine.forward_backward(batches, count(batches, self.mesh))
         norm = self.engine.update(max_norm=SETTINGS.max_norm)
+        self.attention = self.engine.attention()
         loads = balance.update(self.model, self.mesh)
         loads = [] if loads is None else loads.flatten().tolist()
-        return [*terms.losses.tolist(), terms.balance.item(), terms.router_z.item(), norm.item(), *loads]
+        logits = [] if self.attention is None else torch.cat([*self.attention.logits.values()]).tolist()
+        return [*terms.losses.tolist(), terms.balance.item(), terms.router_z.item(), norm.item(), *loads, *logits]
 
     def evaluate(self, step):
         """Mean loss of rows, a part of which this rank has."""

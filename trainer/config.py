@@ -7,6 +7,7 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 from trainer.config_check import check
+from trainer.config_clip import QKClipConfig
 from trainer.config_groups import Role
 from trainer.config_muon import MuonConfig
 from trainer.config_outliers import OutliersConfig
@@ -43,6 +44,12 @@ class OptimKind(StrEnum):
 
     adamw = "adamw"
     muon = "muon"  # for matrices; AdamW for all else
+    muonclip = "muonclip"  # muon, with QK-Clip after each update
+
+    @property
+    def is_muon(self) -> bool:
+        """Whether matrices are orthogonalised."""
+        return self is not OptimKind.adamw
 
 
 class Moments(StrEnum):
@@ -58,7 +65,7 @@ BF16_STEP = 2**-8
 
 @dataclass
 class OptimConfig:
-    """AdamW, arXiv 1711.05101, and Muon."""
+    """AdamW, arXiv 1711.05101, and Muon; QK-Clip goes with each."""
 
     kind: OptimKind = MISSING
     lr: float = MISSING  # peak
@@ -69,11 +76,13 @@ class OptimConfig:
     muon: MuonConfig | None = None
     moments: Moments = Moments.full  # of AdamW; Muon's momentum is as wide as parameters
     no_decay: list[Role] | None = None  # what weight_decay passes over; null: what has one dimension
+    qk_clip: QKClipConfig | None = None
 
     def __post_init__(self) -> None:
-        used, given = self.kind is OptimKind.muon, self.muon is not None
+        used, given = self.kind.is_muon, self.muon is not None
         check(used or not given, "optim.muon", "{…}", f"null where optim.kind={self.kind}")
         check(given or not used, "optim.muon", "null", f"given where optim.kind={self.kind}, as optim=muon does")
+        self._check_clip()
         for key in ("lr", "eps"):
             check(0 < getattr(self, key) < math.inf, f"optim.{key}", getattr(self, key), "above 0, and finite")
         check(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more, and finite")
@@ -82,6 +91,13 @@ class OptimConfig:
             shrinks = self.moments is Moments.full or getattr(self, key) <= 1 - BF16_STEP
             allowed = f"at most {1 - BF16_STEP} where optim.moments=bf16, whose rounding would undo a smaller decay"
             check(shrinks, f"optim.{key}", getattr(self, key), allowed)
+
+    def _check_clip(self) -> None:
+        """Whether the kind says that there is QK-Clip where there is, beside Muon."""
+        clips = self.qk_clip is not None
+        allowed = "null where optim.kind=muon; with it the kind is muonclip"
+        check(self.kind is not OptimKind.muon or not clips, "optim.qk_clip", "{…}", allowed)
+        check(self.kind is not OptimKind.muonclip or clips, "optim.qk_clip", "null", "given, as optim=muonclip does")
 
 
 class EngineKind(StrEnum):

@@ -14,8 +14,10 @@ from parallel.layout import Placed
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
 from trainer import balance, optim
+from trainer.attention_logits import Meter, attending
 from trainer.config import OptimConfig, TrainConfig
 from trainer.loss import Vocabulary, ZLoss, cross_entropy
+from trainer.qk_clip import QKClip
 from trainer.stream import Batch
 from zoo.decoder import Decoder, Objective
 
@@ -50,6 +52,19 @@ class Terms:
     z: Tensor
 
 
+@dataclass
+class Attention:
+    """Attention logits of one update, the same on every rank.
+
+    Attributes:
+        logits: (H,), the largest of each head, by layer.
+        clipped: heads that QK-Clip scaled, above its tau; None without it.
+    """
+
+    logits: dict[str, Tensor]
+    clipped: Tensor | None
+
+
 class TorchEngine:
     """Plain torch, with FSDP2 where the model was spread by it, and torch's schedules where stages share it."""
 
@@ -57,6 +72,8 @@ class TorchEngine:
         self.model = model
         self.mesh = mesh
         self.optimizer = optim.build(model, optim_config, mesh=mesh)
+        self.clip = None if optim_config.qk_clip is None else QKClip(model, optim_config.qk_clip)
+        self.meter = None if self.clip is None else Meter(model, mesh)
         lane, vocabulary = mesh.lane("tp"), None
         if lane is not None:
             assert isinstance(model, Placed), f"{type(model)=}"
@@ -174,6 +191,24 @@ class TorchEngine:
     def forget(self) -> None:
         """Let go of the gradients; parameters, moments and counts of steps stay as they are."""
         self.optimizer.zero_grad()
+
+    def measure(self) -> None:
+        """Measure attention logits from now on, which QK-Clip does anyway."""
+        if self.meter is None and attending(self.model.config):
+            self.meter = Meter(self.model, self.mesh)
+
+    def attention(self, *, admitted: bool = True) -> Attention | None:
+        """Largest attention logits of an update, where measured, and QK-Clip by them (MAX over all axes).
+
+        Args:
+            admitted: whether the update was made; else weights stay as they are.
+        """
+        if self.meter is None:
+            return None
+        logits = self.meter.read()
+        if self.clip is None or not admitted:
+            return Attention(logits, None if self.clip is None else torch.zeros_like(next(iter(logits.values()))[0]))
+        return Attention(logits, self.clip.update(logits))
 
     def state(self) -> dict[str, object]:
         """The live tensors that a checkpoint holds and is read into."""

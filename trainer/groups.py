@@ -71,7 +71,7 @@ def group(
     but those roles. One matrix that is embedding and head is an embedding.
     """
     what = role(name, config=config)
-    muon = kind is OptimKind.muon and what is Role.matrix
+    muon = kind.is_muon and what is Role.matrix
     decays = len(shape) >= 2 if no_decay is None else what not in no_decay
     return Group(OptimKind.muon if muon else OptimKind.adamw, what, decays)
 

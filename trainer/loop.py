@@ -8,10 +8,11 @@ from torch import Tensor
 from parallel.config_fit import accumulation
 from parallel.mesh import Mesh
 from trainer import balance, experts, optim, positions
+from trainer.attention_logits import by_layer, largest
 from trainer.checkpoint import Checkpoints
 from trainer.config import OptimConfig, TrainConfig
 from trainer.config_schedule import ScheduleConfig
-from trainer.engine import Terms, TorchEngine, count
+from trainer.engine import Attention, Terms, TorchEngine, count
 from trainer.evaluate import evaluate
 from trainer.identity import plain
 from trainer.log import Log
@@ -83,7 +84,7 @@ class Trainer:
         out.metrics.close()
 
     def step(self, stream: Iterator[Batch]) -> None:
-        """One update (counts and losses over dp, gradients by the engine, norm over the mesh, loads over dp)."""
+        """One update (counts, losses and loads over dp, gradients by the engine, norm and logits over the mesh)."""
         watch, now = self.outputs.watch, self.schedule.at(self.state.step)
         self._set(now)
         batches = [next(stream) for _ in range(self.recipe.accumulation(now.rows))]
@@ -97,9 +98,10 @@ class Trainer:
                 self.engine.update(max_norm=self.recipe.train.max_norm, squares=squares)
             else:
                 self.engine.forget()
+        attention = self.engine.attention(admitted=admitted)
         loads = balance.update(self.engine.model, self.mesh, scale=now.balance_rate if admitted else 0.0)
         self.state.advance(tokens=now.rows * self.recipe.train.seq_len, skipped=not admitted)
-        self._record(terms, squares=squares, loads=loads, lr=lr)
+        self._record(terms, squares=squares, attention=attention, loads=loads, lr=lr)
 
     def _set(self, now: Moment) -> None:
         """What changes now and then: the weight of MTP losses, rotary angles."""
@@ -111,7 +113,9 @@ class Trainer:
             theta = self.recipe.schedule.theta[now.theta - 1].theta
             self.outputs.log.say(f"rotary theta is {theta:,.10g} from update {self.state.step + 1} on")
 
-    def _record(self, terms: Terms, *, squares: Tensor, loads: Tensor | None, lr: float) -> None:
+    def _record(
+        self, terms: Terms, *, squares: Tensor, attention: Attention | None, loads: Tensor | None, lr: float
+    ) -> None:
         tensors = {"loss": terms.losses[0], "grad_norm": squares.sum().sqrt()}
         if len(terms.losses) > 1:
             tensors["mtp_loss"] = terms.losses[1:].mean()
@@ -127,6 +131,12 @@ class Trainer:
                 tensors["router_z_loss"] = terms.router_z
             if recorded:
                 tensors |= experts.by_layer(loads, self.layers)
+        if attention is not None:
+            tensors["max_attention_logit"] = largest(attention.logits)
+            if attention.clipped is not None:
+                tensors["clipped_heads"] = attention.clipped
+            if out.watch.details:
+                tensors |= by_layer(attention.logits)
         numbers = out.watch.read(tensors, squares=squares, say=out.log.say)
         out.metrics.add(step=done.step, tokens=done.tokens, tensors={}, numbers=numbers | {"lr": lr})
         if loads is not None and recorded:

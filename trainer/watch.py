@@ -59,8 +59,14 @@ class Watch:
             )
         if log.detail:
             self._detail = Detail(engine.model, mesh, shapes=engine.shapes)
+            engine.measure()
         if log.profile is not None:
             self._profile = Profile(log.profile, folder=folder, rank=mesh.rank, device=mesh.device)
+
+    @property
+    def details(self) -> bool:
+        """Whether an update's details are wanted."""
+        return self._detail is not None and self._detail.due
 
     @contextmanager
     def update(self, *, say: Callable[[str], None]) -> Iterator[None]:

@@ -21,8 +21,9 @@ def flex(
     softcap: float | None = None,
     factors: Tensor | None = None,
     sinks: Tensor | None = None,
-) -> Tensor:
-    """Attend; shapes and arguments as in ``zoo.kernel_plain.plain``. On a CPU forward only, without compiling."""
+    tells: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend; all as in ``zoo.kernel_plain.plain``. On a CPU forward only, without compiling."""
     from torch.nn.attention.flex_attention import AuxRequest  # 2.5 s: it loads the compiler
 
     y, more = attention(compiled=q.device.type == "cuda")(
@@ -33,13 +34,13 @@ def flex(
         block_mask=mask.blocks,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
-        return_aux=AuxRequest(lse=sinks is not None),
+        return_aux=AuxRequest(lse=sinks is not None, max_scores=tells),
     )
     if sinks is not None:
         # A sink adds its exponential to the denominator: y shrinks by e^lse / (e^lse + e^sink).
         kept = torch.sigmoid(more.lse - sinks.to(more.lse.dtype)[:, None])
         y = (y * kept[..., None]).to(q.dtype)
-    return y.transpose(1, 2)
+    return y.transpose(1, 2), more.max_scores.detach().amax(dim=(0, 2)) if tells else None
 
 
 @cache

@@ -27,7 +27,8 @@ def plain(
     softcap: float | None = None,
     factors: Tensor | None = None,
     sinks: Tensor | None = None,
-) -> Tensor:
+    tells: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Attend, in at least fp32: (B, T, H, K), (B, T, G, K), (B, T, G, U) to (B, T, H, U).
 
     Scores are scaled, capped, multiplied by the query's factor, masked, in this order.
@@ -41,8 +42,15 @@ def plain(
         softcap: scores become softcap · tanh(scores / softcap).
         factors: (B, T), of the capped scores of each query.
         sinks: (H,), one more logit a head, in the denominator only.
+        tells: whether the largest masked score of each head is wanted.
+
+    Returns:
+        The result; and (H,), without a gradient, or None.
     """
-    return _Attend.apply(q, k, v, sinks, factors, mask, scale, softcap)
+    if not tells:
+        return _Attend.apply(q, k, v, sinks, factors, mask, scale, softcap, False), None
+    y, top = _Attend.apply(q, k, v, sinks, factors, mask, scale, softcap, True)
+    return y, top
 
 
 class _Attend(torch.autograd.Function):
@@ -59,13 +67,17 @@ class _Attend(torch.autograd.Function):
         mask: Mask | Section,
         scale: float,
         softcap: float | None,
-    ) -> Tensor:
+        tells: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         heads = _Heads(q, k, v, sinks, factors, mask, scale, softcap)
         y = heads.q.new_empty(*heads.q.shape[:-1], v.shape[-1])  # (B, G, H/G, T, U)
         denominator = heads.q.new_empty(*heads.q.shape[:-1], 1)  # its logarithm
+        largest = heads.q.new_full(heads.q.shape[1:3], -torch.inf) if tells else None  # (G, H/G)
         for queries, keys in heads.parts():
             scores, _ = heads.scores(queries, keys)
             top = scores.amax(-1, keepdim=True)
+            if largest is not None:
+                largest = torch.maximum(largest, top.amax(dim=(0, 3, 4)))
             top = top if heads.sinks is None else torch.maximum(top, heads.sinks)
             weights = scores.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
@@ -76,7 +88,12 @@ class _Attend(torch.autograd.Function):
             denominator[..., here, :] = total.log_().add_(top)
         ctx.save_for_backward(q, k, v, sinks, factors, denominator)
         ctx.settings = mask, scale, softcap
-        return y.flatten(1, 2).transpose(1, 2).to(q.dtype)
+        result = y.flatten(1, 2).transpose(1, 2).to(q.dtype)
+        if largest is None:
+            return result
+        largest = largest.flatten()
+        ctx.mark_non_differentiable(largest)
+        return result, largest
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,7 +125,7 @@ class _Attend(torch.autograd.Function):
         d_q = d_q.flatten(1, 2).transpose(1, 2).to(q.dtype)
         d_k, d_v = d_k.transpose(1, 2).to(k.dtype), d_v.transpose(1, 2).to(v.dtype)
         d_sinks = None if d_sinks is None else d_sinks.flatten().to(sinks.dtype)
-        return d_q, d_k, d_v, d_sinks, None, None, None, None
+        return d_q, d_k, d_v, d_sinks, None, None, None, None, None
 
 
 class _Heads:

@@ -7,7 +7,7 @@ from distributed import run
 from parallel.comm import Lane
 from parallel.config import ContextMethod, KernelChoice
 from parallel.context import natural, own
-from parallel.context_kernels import ByHeads, Gathering
+from parallel.context_kernels import ByHeads, Gathering, own_heads
 from parallel.kernels import choose_kernels, told
 from parallel.mesh import MeshError
 from parallel.ring import Ring, _Own
@@ -57,7 +57,7 @@ def mask_of(documents=False, window=None, chunk=None):
 
 
 def attended(case, lane=None, method=None, dtype=torch.float64):
-    """The result and all gradients; of own tokens where there is a lane, of sinks a part of them."""
+    """The result, gradients and the largest logits; of own tokens where there is a lane, of sinks a part of them."""
     H, G, K, U = (case[letter] for letter in "HGKU")
     slots = {key: case[key] for key in ("softcap", "temperature") if key in case}
     kernel = Kernel(scale=0.4, width=K, v_width=U, has_sinks="sinks" in case, **slots)
@@ -67,11 +67,15 @@ def attended(case, lane=None, method=None, dtype=torch.float64):
     if lane is not None:
         become(kernel, KINDS[method], lane=lane)
         whole, grad = {name: own(x, lane) for name, x in whole.items()}, own(grad, lane)
+    heads = own_heads(kernel, n_heads=H, tp=None)
+    kernel.measure(n_heads=len(heads), dtype=torch.float64, device=torch.device("cpu"))
     inputs = {name: x.to(dtype, copy=True).requires_grad_() for name, x in whole.items()}
     y = kernel(**inputs, mask=mask_of(**case["mask"]), sinks=sinks)
     y.backward(grad.to(dtype))
     assert all(x.grad.dtype is y.dtype is dtype for x in inputs.values())
-    found = {"y": y.detach()} | {name: x.grad for name, x in inputs.items()}
+    logits = torch.full((H,), -torch.inf, dtype=torch.float64)
+    logits[heads.start : heads.stop] = kernel.top
+    found = {"y": y.detach(), "logits": logits} | {name: x.grad for name, x in inputs.items()}
     return found | ({} if sinks is None else {"sinks": sinks.grad})
 
 
@@ -91,7 +95,10 @@ def apart(method, cases, size, dtype=torch.float64):
     for name, case in cases.items():
         for key, want in attended(case).items():
             parts = [result[name][key].double() for result in results]
-            got = sum(parts) if key == "sinks" else natural(torch.cat(parts, dim=1), Lane(None, 0, size))
+            if key == "logits":
+                got = torch.stack(parts).amax(0)
+            else:
+                got = sum(parts) if key == "sinks" else natural(torch.cat(parts, dim=1), Lane(None, 0, size))
             found[name, key] = far(got, want)
     print(f"{method} of {size} in {dtype}: {max(found.values()):.1e}")
     return found

@@ -56,6 +56,12 @@ def test_norms_and_changes_are_those_of_groups_and_layers(measured):
     assert sum(part**2 for part in parts) ** 0.5 == pytest.approx(line["grad_norm"], rel=1e-12)
 
 
+def test_every_layer_that_attends_tells_its_largest_logit(measured):
+    line, config, *_ = measured
+    layers = [line[f"max_attention_logit/blocks.{i}"] for i in range(config.n_layers)]
+    assert line["max_attention_logit"] == max(layers) and "clipped_heads" not in line
+
+
 def test_activations_are_what_blocks_give(measured):
     line, *_, activations = measured
     for name, x in activations.items():

@@ -63,8 +63,7 @@ class Spikes:
         Returns:
             The report in one line for people; None where there is nothing to tell.
         """
-        layers = [math.sqrt(math.fsum(squares[i] for i in part)) for part in self._parts]
-        norms = layers + [math.sqrt(each) for each in squares]
+        norms = [math.sqrt(each) for each in squares]
         if not verdict.notable:
             self._remember(norms)
             return None
@@ -83,23 +82,38 @@ class Spikes:
         history.usual = [old + (new - old) * part for old, new in zip(usual, norms, strict=True)]
 
     def _report(self, verdict: Verdict, *, step: int, loss: float, norms: Sequence[float]) -> dict[str, Any]:
-        n, rows = len(self.layers), self.rows(step - 1)
-        usual = self.history.usual or [0.0] * len(norms)
-        least = FAINT * math.hypot(*usual[:n])
-        lines = [_line(*each, least=least) for each in zip(self.layers + self.parameters, norms, usual, strict=True)]
-        lost = [line["name"] for line in lines[n:] if not math.isfinite(line["grad_norm"])]
+        rows, usual = self.rows(step - 1), self.history.usual or [0.0] * len(norms)
+        least = FAINT * math.hypot(*usual)
+        lines = [_line(*each, least=least) for each in zip(self.parameters, norms, usual, strict=True)]
         return {
             "step": step,
             "loss": loss,
-            "grad_norm": math.sqrt(math.fsum(x * x for x in norms[:n])),
+            "grad_norm": math.hypot(*norms),
             "skipped": verdict.skips,
             "outliers": {key: _numbers(each) for key, each in verdict.outliers.items()},
-            "layers": _most(lines[:n])[:LAYERS],
-            "parameters": _most(lines[n:])[:PARAMETERS],
-            "not_finite": lost,
+            "layers": self._layers(lines, least=least)[:LAYERS],
+            "parameters": _most(lines)[:PARAMETERS],
+            "not_finite": [line["name"] for line in lines if not math.isfinite(line["grad_norm"])],
             "batch": step - 1,
             "rows": [rows.start, rows.stop],
         }
+
+    def _layers(self, parameters: Sequence[dict[str, Any]], *, least: float) -> list[dict[str, Any]]:
+        """Lines of layers in the order of what has grown most in each.
+
+        Not in that of their own growth: what goes wrong in a layer shows most beside it, and from there in all layers
+        that the gradient flows back through. Queries multiplied by 30 in the second of three layers of a Llama: it grew
+        1.7 times, the first one 2.3 times; but most of all the second's keys.
+        """
+        found = []
+        for name, part in zip(self.layers, self._parts, strict=True):
+            inside = [parameters[i] for i in part]
+            norms, usual = ([line[key] for line in inside] for key in ("grad_norm", "usual"))
+            most = _most(inside)[:1]
+            if most:
+                line = _line(name, math.hypot(*norms), math.hypot(*usual), least=least)
+                found.append(line | {"most": most[0]["name"], "most_growth": most[0]["growth"]})
+        return sorted(found, key=lambda line: -line["most_growth"])
 
 
 def layer(name: str) -> str:
@@ -128,8 +142,8 @@ def _numbers(each: Excess) -> dict[str, float]:
 def _told(report: dict[str, Any]) -> str:
     """A report in one line.
 
-    Example: ``step 90 was skipped: gradient norm 31.2 is 14 times the usual 2.2; most grown: blocks.1 (31x), mostly
-    blocks.1.mlp.up.weight (90x); batch 89``.
+    Example: ``step 90 was skipped: gradient norm 31.2 is 14 times the usual 2.2; most grown: blocks.1.mlp.up.weight
+    (90x), blocks.0.mixer.wo.weight (3.1x); batch 89``, one of each layer.
     """
     parts = [
         f"{SAID[key]} {each['value']:.4g} is {each['ratio']:.3g} times the usual {each['mean']:.4g}"
@@ -141,7 +155,7 @@ def _told(report: dict[str, Any]) -> str:
     elif not parts:
         parts.append("the loss is no number")
     if report["layers"]:
-        most = ", ".join(f"{line['name']} ({line['growth']:.3g}x)" for line in report["layers"])
-        parts.append(f"most grown: {most}" + "".join(f", mostly {line['name']}" for line in report["parameters"][:1]))
+        most = ", ".join(f"{line['most']} ({line['most_growth']:.3g}x)" for line in report["layers"])
+        parts.append(f"most grown: {most}")
     verb = "was skipped" if report["skipped"] else "stands out"
     return f"step {report['step']} {verb}: {'; '.join(parts)}; batch {report['batch']}"

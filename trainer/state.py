@@ -12,7 +12,7 @@ class History:
         losses: of the latest updates, the oldest first, but those that were no number.
         norms: of their gradients.
         lost: updates in a row, up to the latest, whose loss or gradient norm was no number.
-        usual: running means of the gradient norms of layers and parameters (``trainer/spikes.py``).
+        usual: running means of the gradient norms of parameters (``trainer/spikes.py``).
         seen: updates that these are of.
     """
 

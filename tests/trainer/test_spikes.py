@@ -55,11 +55,12 @@ def test_what_has_grown_most_is_named_first(tmp_path):
     (report,) = lines(tmp_path)
     assert [line["name"] for line in report["layers"]] == ["blocks.0", "embed"]
     assert report["layers"][0]["growth"] == pytest.approx(math.sqrt(90004 / 13), rel=0.02)
+    assert report["layers"][0]["most"] == "blocks.0.mlp.up.weight"
     assert [line["name"] for line in report["parameters"]] == ["blocks.0.mlp.up.weight", "embed.weight"]
     assert report["outliers"].keys() == {"grad_norm"} and not report["skipped"]
     assert (report["step"], report["batch"], report["rows"]) == (7, 6, [24, 28])
-    assert told.startswith("step 7 stands out: gradient norm 300 is 54.") and "blocks.0 (8" in told
-    assert told.endswith("mostly blocks.0.mlp.up.weight; batch 6")
+    assert told.startswith("step 7 stands out: gradient norm 300 is 54.")
+    assert "most grown: blocks.0.mlp.up.weight (9" in told and told.endswith("x), embed.weight (1.99x); batch 6")
     assert history.usual == usual  # or the next one would look small
 
 

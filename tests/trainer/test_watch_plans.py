@@ -2,12 +2,13 @@
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from distributed import run
-from sharing import merged, same
-from watching import alone, watched
+from sharing import ALONE, SETTINGS, merged, same
+from watching import RULE, Watched, alone, log_config, watched
 
 from parallel.config import ParallelConfig
 
@@ -34,7 +35,7 @@ def test_a_spoilt_update_is_named_and_skipped_and_nothing_else_is():
     (report,), (told,) = reports, said
     assert report["layers"][0]["name"] == "blocks.1"
     assert report["parameters"][0]["name"] == "blocks.1.mixer.wo.weight"
-    assert told.startswith("step 8 was skipped: gradient norm") and "most grown: blocks.1 (" in told
+    assert told.startswith("step 8 was skipped: gradient norm") and "most grown: blocks.1.mixer.wo.weight (" in told
     assert (state.step, state.skipped, len(state.history.losses)) == (10, 1, 10)
 
 
@@ -74,3 +75,22 @@ def test_a_plan_sees_what_one_process_sees(plan, tmp_path):
             assert one["parameters"][0]["name"] == other["parameters"][0]["name"]
             assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-9)
     same(merged(each for *_, each in results), tensors)
+
+
+@pytest.mark.parametrize(
+    "name, parameter",
+    [
+        ("llama3", "blocks.1.mixer.wq.weight"),
+        ("llama3", "blocks.1.mixer_norm.weight"),
+        ("deepseek_v3", "blocks.1.ff_norm.weight"),
+    ],
+)
+def test_a_weight_that_is_thirty_times_too_large_is_named_by_its_layer(name, parameter, tmp_path):
+    train = replace(SETTINGS, steps=100, outliers=RULE)
+    run = Watched(name, ALONE, tmp_path, log=log_config(spikes=True), train=train)
+    for step in range(1, 9):
+        if step == 8:
+            dict(run.case.model.named_parameters())[parameter].data.mul_(30)
+        run.update()
+    (told,) = run.said
+    assert told.startswith("step 8 stands out") and "most grown: blocks.1." in told

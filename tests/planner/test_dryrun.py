@@ -21,12 +21,18 @@ from planner.config import DeviceKind, HardwareConfig
 from planner.wire import Wire
 from trainer import balance
 from trainer.config import OptimConfig, OptimKind, TrainConfig
+from trainer.config_muon import MuonConfig
 from trainer.engine import TorchEngine, count
 from zoo import mask
 from zoo.dispatch import Dispatcher
 
 FP32, MIXED = PrecisionConfig(Dtype.fp32, Dtype.fp32), PrecisionConfig(Dtype.fp32, Dtype.bf16)
 ADAMW = OptimConfig(kind=OptimKind.adamw, lr=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
+MUON = replace(
+    ADAMW,
+    kind=OptimKind.muon,
+    muon=MuonConfig(momentum=0.95, nesterov=True, ns_steps=5, coefficients=[3.4445, -4.775, 2.0315], update_rms=0.2),
+)
 LAPTOP = HardwareConfig("laptop", DeviceKind.cpu, 8.0, 1.0, 0.5, 0.5, 0.05, 8, 10.0, 1.0)
 H100 = HardwareConfig("h100", DeviceKind.cuda, 79.1, 3.0, 989.0, 67.0, 3.35, 8, 450.0, 50.0)
 LENGTH = 128
@@ -65,7 +71,7 @@ def lived(record):
     return most
 
 
-def really(name, plan, precision, global_batch):
+def really(name, plan, precision, global_batch, optimizer=ADAMW):
     """What a rank of a real run holds, holds at most in its second update, and sends in it."""
     torch.set_num_threads(1)
     config, train = compose(name), settings(global_batch)
@@ -76,7 +82,7 @@ def really(name, plan, precision, global_batch):
     for module in model.modules():
         if isinstance(module, Dispatcher):
             module.balanced = True  # else rows of experts depend on numbers
-    engine = TorchEngine(model, mesh=mesh, train=train, optim_config=ADAMW)
+    engine = TorchEngine(model, mesh=mesh, train=train, optim_config=optimizer)
     batches = rows(config, accumulation(global_batch=global_batch, micro_batch=2, dp=mesh.sizes.dp))
 
     def update():
@@ -107,11 +113,11 @@ def really(name, plan, precision, global_batch):
     return resident | {"gradients": gradients, "peak": min(peaks) + sum(resident.values()), "sent": sent}
 
 
-def dry(name, plan, precision, global_batch, *, world_size=1, rank=0, hardware=LAPTOP):
+def dry(name, plan, precision, global_batch, *, optimizer=ADAMW, world_size=1, rank=0, hardware=LAPTOP):
     return dryrun.run(
         model=compose(name),
         train=settings(global_batch),
-        optim_config=ADAMW,
+        optim_config=optimizer,
         plan=plan,
         precision=precision,
         hardware=hardware,
@@ -122,21 +128,32 @@ def dry(name, plan, precision, global_batch, *, world_size=1, rank=0, hardware=L
 
 ZBV = ParallelConfig(1, 1, pp=2, pipeline=PipelineConfig(ScheduleName.zbv))
 CASES = [
-    ("llama3_tiny", SINGLE, FP32, 4, 1),
-    ("llama3_tiny", FSDP2, MIXED, 8, 2),
-    ("llama3_tiny", TP2, FP32, 4, 2),
-    ("deepseek_v3_tiny", ParallelConfig(1, 1, remat=Remat.selective), MIXED, 4, 1),
-    ("deepseek_v3_tiny", ParallelConfig(1, 2, ep=2, reshard=Reshard.never), FP32, 8, 2),
-    ("deepseek_v3_tiny", ZBV, FP32, 6, 2),
-    pytest.param("llama3_tiny", ParallelConfig(1, 1, cp=2), FP32, 4, 2, marks=pytest.mark.slow),
-    pytest.param("llama3_tiny", ParallelConfig(2, 1, tp=2, remat=Remat.block), MIXED, 8, 4, marks=pytest.mark.slow),
-    pytest.param("deepseek_v3_tiny", ParallelConfig(1, 2, pp=2, ep=2), FP32, 8, 4, marks=pytest.mark.slow),
+    ("llama3_tiny", SINGLE, FP32, 4, 1, ADAMW),
+    ("llama3_tiny", FSDP2, MIXED, 8, 2, ADAMW),
+    ("llama3_tiny", TP2, FP32, 4, 2, ADAMW),
+    ("deepseek_v3_tiny", ParallelConfig(1, 1, remat=Remat.selective), MIXED, 4, 1, ADAMW),
+    ("deepseek_v3_tiny", ParallelConfig(1, 2, ep=2, reshard=Reshard.never), FP32, 8, 2, ADAMW),
+    ("deepseek_v3_tiny", ZBV, FP32, 6, 2, ADAMW),
+    pytest.param("llama3_tiny", ParallelConfig(1, 1, cp=2), FP32, 4, 2, ADAMW, marks=pytest.mark.slow),
+    pytest.param(
+        "llama3_tiny", ParallelConfig(2, 1, tp=2, remat=Remat.block), MIXED, 8, 4, ADAMW, marks=pytest.mark.slow
+    ),
+    pytest.param("deepseek_v3_tiny", ParallelConfig(1, 2, pp=2, ep=2), FP32, 8, 4, ADAMW, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("name, plan, precision, global_batch, ranks", CASES)
-def test_a_dry_run_knows_every_byte_of_a_real_one(name, plan, precision, global_batch, ranks):
-    case = {"name": name, "plan": plan, "precision": precision, "global_batch": global_batch}
+MUONS = [
+    pytest.param(*case, MUON, marks=pytest.mark.slow)
+    for case in [
+        ("deepseek_v3_tiny", ParallelConfig(1, 2, ep=2), MIXED, 8, 2),
+        ("deepseek_v3_tiny", ParallelConfig(1, 2, tp=2), FP32, 8, 4),
+    ]
+]
+
+
+@pytest.mark.parametrize("name, plan, precision, global_batch, ranks, optimizer", [*CASES, *MUONS])
+def test_a_dry_run_knows_every_byte_of_a_real_one(name, plan, precision, global_batch, ranks, optimizer):
+    case = {"name": name, "plan": plan, "precision": precision, "global_batch": global_batch, "optimizer": optimizer}
     real = run(really, world_size=ranks, **case) if ranks > 1 else [really(**case)]
     for rank, want in enumerate(real):
         got = dry(**case, world_size=ranks, rank=rank)
@@ -147,6 +164,27 @@ def test_a_dry_run_knows_every_byte_of_a_real_one(name, plan, precision, global_
         assert sum(memory.at_peak.values()) == memory.peak
         sent = {(line.axis, line.operation): (line.ranks, line.calls, line.sent) for line in got.collectives}
         assert sent == want["sent"]
+
+
+def test_muon_holds_one_momentum_and_sends_directions_there_and_updates_back():
+    """Two layers of Llama 3 8B over 8 ranks, counted by hand: docs/parallel.md."""
+    report = dryrun.run(
+        model=replace(compose("llama3_8b"), n_layers=2),
+        train=replace(settings(8), micro_batch=1),
+        optim_config=MUON,
+        plan=ParallelConfig(1, None),
+        precision=MIXED,
+        hardware=H100,
+        world_size=8,
+        rank=3,
+    )
+    matrices = 2 * 4096 * (4096 * 2 + 1024 * 2 + 14336 * 3)
+    others = 2 * 128256 * 4096 + (2 * 2 + 1) * 4096
+    assert report.memory.optimizer == pytest.approx(4 * (matrices + 2 * others) / 8, rel=1e-6)
+    (line,) = [line for line in report.collectives if line.operation == "all-to-all"]
+    # 54 million numbers an owner, which is one round; who owns what is not quite even.
+    assert (line.axis, line.ranks, line.calls) == ("dp_shard", 8, 2)
+    assert line.sent == pytest.approx(2 * 7 / 8 * matrices / 8 * 2, rel=0.1)
 
 
 def test_a_dry_run_leaves_nothing_behind():

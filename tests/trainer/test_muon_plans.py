@@ -68,7 +68,7 @@ def marked():
 @pytest.mark.parametrize("plan, names", list(marked()), ids=str)
 def test_five_updates_are_those_of_one_process(plan, names):
     config, ranks = PLANS[plan]
-    results = run(train, world_size=ranks, timeout=500, names=names, plan=config)
+    results = run(train, world_size=ranks, timeout=1500, names=names, plan=config)
     for name in names:
         want, tensors = alone(name)
         ours = [result[name] for result in results]

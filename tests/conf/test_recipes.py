@@ -1,7 +1,7 @@
 """Published recipes: what they compose to, how long their runs are, and their twins for a CPU."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import pytest
@@ -221,13 +221,20 @@ def test_a_twin_learns(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm3", "llama3_8b", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["smollm3", "deepseek_v3"])
 def test_a_recipe_is_traced_at_its_size(name):
     run, want = recipe(name), RECIPES[name]
+    rows = 5120 if name == "deepseek_v3" else run.train.global_batch  # a third: enough for every stage to be busy
+    sizes = replace(run.train, global_batch=rows)
     report = dryrun.run(
-        model=run.model, train=run.train, optim_config=run.optim, plan=run.parallel, precision=run.precision,
-        hardware=run.hardware, world_size=want.processes,
-    )  # fmt: skip
+        model=run.model,
+        train=sizes,
+        optim_config=run.optim,
+        plan=run.parallel,
+        precision=run.precision,
+        hardware=run.hardware,
+        world_size=want.processes,
+    )
     memory = report.memory
     per_parameter = memory.optimizer / memory.parameters * 4
     assert per_parameter == pytest.approx(4 if want.moments is Moments.bf16 else 8, rel=1e-3)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.pipelining.stage import InferenceMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from parallel import apply, remat
+from parallel import apply, reduce, remat
 from parallel.config_fit import Sizes
 from parallel.mesh import Mesh, lay_out
 from parallel.schedule import Ordered
@@ -43,6 +43,7 @@ def pretended(sizes: Sizes, *, rank: int, kind: DeviceKind) -> Iterator[Mesh]:
             stack.enter_context(mode)
             stack.enter_context(replaced(apply, "_materialise", _within(mode, apply._materialise)))
             stack.enter_context(replaced(Ordered, "_warmup_p2p", _opened))
+            stack.enter_context(replaced(reduce, "part", _really(reduce.part)))
             if kind is DeviceKind.cuda:
                 stack.enter_context(as_on_cuda())
             yield mesh
@@ -71,6 +72,16 @@ def _within(mode: FakeTensorMode, function: Callable[..., Any]) -> Callable[...,
     def run(*args: Any, **kwargs: Any) -> Any:
         with mode:
             return function(*args, **kwargs)
+
+    return run
+
+
+def _really(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With tensors that have values: DTensor looks up with some which rows of a cut dimension a rank has."""
+
+    def run(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args)
 
     return run
 

@@ -61,7 +61,7 @@ RECIPES = {
     ),
     "kimi_k2": Published(
         2048, 15.96e12, 67.1e6, {9.9e12: 2e-4, 12.75e12: 1.1e-4, 15.5e12: 2e-5, 15.96e12: 7e-6},
-        1026.4, kind=OptimKind.muon,
+        1026.4, kind=OptimKind.muonclip,
     ),
     "glm45": Published(
         1024, 23e12, 67.1e6, {0.3e12: 2.5e-4, 23e12: 2.5e-5}, 352.8,
@@ -130,6 +130,10 @@ def test_a_recipe_has_the_published_optimizer_and_model(name):
     assert parameters(run.model).total / 1e9 == pytest.approx(want.billions, abs=0.06)
     o = run.optim
     assert (o.kind, o.moments, o.weight_decay, o.beta1, o.beta2) == (want.kind, want.moments, 0.1, 0.9, 0.95)
+    if want.kind is OptimKind.muonclip:
+        assert o.qk_clip is not None and o.qk_clip.tau == 100
+    if want.kind.is_muon:
+        assert o.muon is not None and (o.muon.momentum, o.muon.ns_steps, o.muon.update_rms) == (0.95, 5, 0.2)
     assert o.no_decay == (None if want.no_decay is None else list(want.no_decay))
 
 

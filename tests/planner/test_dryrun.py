@@ -21,6 +21,7 @@ from planner.config import DeviceKind, HardwareConfig
 from planner.wire import Wire
 from trainer import balance
 from trainer.config import OptimConfig, OptimKind, TrainConfig
+from trainer.config_clip import QKClipConfig
 from trainer.config_muon import MuonConfig
 from trainer.engine import TorchEngine, count
 from zoo import mask
@@ -297,3 +298,18 @@ def test_deepseek_v3_on_2048_gpus_takes_two_minutes_and_little_memory():
     assert fits == "True"
     assert int(memory) < 1 * 2**30
     assert float(seconds) < 120
+
+
+def test_clipping_queries_and_keys_is_planned_where_a_dimension_is_cut_twice():
+    numbers = MuonConfig(momentum=0.95, nesterov=True, ns_steps=5, coefficients=[3.4, -4.8, 2.0], update_rms=0.2)
+    clipping = replace(ADAMW, kind=OptimKind.muonclip, muon=numbers, qk_clip=QKClipConfig(tau=100, alpha=0.5))
+    report = dryrun.run(
+        model=compose("kimi_k2_tiny", n_layers=2),
+        train=settings(4),
+        optim_config=clipping,
+        plan=ParallelConfig(1, 2, tp=2),
+        precision=FP32,
+        hardware=LAPTOP,
+        world_size=4,
+    )
+    assert report.memory.optimizer < 2 * report.memory.parameters

@@ -51,7 +51,8 @@ def train(folder: Path, *, rank: int, ranks: int, operations: Operations) -> Non
     progress = checkpoints.restore(state)
     step = 0 if progress is None else progress["step"]
     if rank == 0:
-        cut(folder / "metrics.jsonl", after=step)
+        for name in ("metrics.jsonl", "experts.jsonl"):
+            cut(folder / name, after=step)
     while step < STEPS:
         torch.manual_seed(1000 + step)
         loss = (torch.randn(5, 6) @ weight.T - bias.mean()).pow(2).mean()
@@ -64,13 +65,15 @@ def train(folder: Path, *, rank: int, ranks: int, operations: Operations) -> Non
         bias += 0.001 * torch.sign(total - torch.arange(4))
         step += 1
         if rank == 0:
-            write_metrics(folder / "metrics.jsonl", {"step": step, "loss": total.item()}, operations=operations)
+            row = {"step": step, "loss": total.item(), "seconds": time.monotonic()}
+            write_line(folder / "metrics.jsonl", row, operations=operations)
+            write_line(folder / "experts.jsonl", {"step": step, "loads": bias.tolist()}, operations=operations)
         if step % config.every == 0 or step == STEPS:
             checkpoints.save(step, state, progress={"step": step})
 
 
-def write_metrics(file: Path, row: dict[str, Any], *, operations: Operations) -> None:
-    line = json.dumps({**row, "seconds": time.monotonic()}) + "\n"
+def write_line(file: Path, row: dict[str, Any], *, operations: Operations) -> None:
+    line = json.dumps(row) + "\n"
     with file.open("a") as stream:
 
         def tear() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from distributed import run
 from models import compose
-from sharing import joined
+from sharing import MUON, MUONCLIP, joined
 from torch.profiler import profile
 
 from parallel import apply, reduce, remat
@@ -20,6 +20,7 @@ from planner import dryrun
 from planner.config import DeviceKind, HardwareConfig
 from planner.wire import Wire
 from trainer import balance
+from trainer.attention_logits import attending
 from trainer.config import OptimConfig, OptimKind, TrainConfig
 from trainer.config_clip import QKClipConfig
 from trainer.config_muon import MuonConfig
@@ -234,6 +235,21 @@ def test_compiled_blocks_are_traced_as_written_and_that_is_said():
     report = dry("llama3_tiny", replace(SINGLE, compile=True), FP32, 4)
     assert report.remarks == ["blocks are traced as written: compiled ones hold less"]
     assert report.memory == dry("llama3_tiny", SINGLE, FP32, 4).memory
+
+
+@pytest.mark.parametrize("name", ["llama3_tiny", "kimi_k2_tiny"])
+@pytest.mark.parametrize("hardware", [LAPTOP, H100])
+def test_qk_clip_sends_a_number_a_head_and_holds_next_to_nothing(name, hardware):
+    def tried(optim_config):
+        given = {"train": settings(4), "plan": TP2, "precision": FP32, "hardware": hardware, "world_size": 2}
+        return dryrun.run(model=compose(name), optim_config=optim_config, **given)
+
+    with_clip, without = tried(MUONCLIP), tried(MUON)
+    sent = [{(line.axis, line.operation): line.sent for line in each.collectives} for each in (with_clip, without)]
+    heads = sum(n for _, n in attending(compose(name)).values())
+    assert sent[0]["tp", "all-reduce"] - sent[1]["tp", "all-reduce"] == 8 * heads
+    assert with_clip.memory.buffers - without.memory.buffers == 4 * heads // 2
+    assert with_clip.memory.peak == pytest.approx(without.memory.peak, rel=0.02)
 
 
 def test_a_large_plan_is_known_on_a_small_machine():

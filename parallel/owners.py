@@ -199,14 +199,16 @@ def owners(costs: Sequence[int], held: Sequence[dict[int, Piece]], *, ranks: int
     """One rank for each matrix: the dearest first, each to who has most of it and is not full, else to the idlest.
 
     Full is who would have more than an even share, or than one matrix. So no rank has more than the even share and the
-    dearest matrix together; and where ranks have whole matrices alike, as under expert parallelism, each keeps its own.
+    dearest matrix together. What ranks have whole comes before all that is cut, which then evens the work out: experts
+    stay where they are under expert parallelism.
     """
     if not costs:
         return []
     even = max(sum(costs) / ranks, max(costs))
     load, chosen = [0] * ranks, [0] * len(costs)
     idlest = [(0, rank) for rank in range(ranks)]  # a heap; what a rank has taken since is made up for at the top
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+    cut = [len(set(pieces.values())) > 1 for pieces in held]
+    for i in sorted(range(len(costs)), key=lambda i: (cut[i], -costs[i])):
         most = max(piece.numel for piece in held[i].values())
         near = [r for r, piece in held[i].items() if piece.numel == most and load[r] + costs[i] <= even]
         while idlest[0][0] < load[idlest[0][1]]:

@@ -103,6 +103,19 @@ def test_experts_that_a_rank_has_whole_stay_there():
     assert all(set(task.senders) == set(task.holders) == {task.owner} for task in found)
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_experts_stay_beside_dearer_matrices_that_are_cut(copies):
+    ranks, shape = 2 * copies, (8, 8, 20)
+    bank = boxes(shape, axes=(copies, 1, 2), placements=[Replicate(), Replicate(), Shard(0)])
+    cut = boxes((64, 20), axes=(copies, 2), placements=[Replicate(), Shard(0)])
+    given_ = [(plain(f"cut {i}", 64, 20), cut) for i in range(3)]
+    given_ += [(Matrix("bank", shape, e, 8, 0, 8), bank) for e in range(8)]
+    (found,) = tasks(given_, ranks=ranks, copies=copies)
+    assert all(task.owner in task.holders for task in found if task.matrix.name == "bank")
+    assert all(len(task.senders) == 1 for task in found if task.matrix.name == "bank")
+    assert len({task.owner for task in found if task.matrix.name != "bank"}) == min(3, ranks)
+
+
 def moved(task):
     """Numbers that travel to the owner and back."""
     out = sum(piece.numel for rank, piece in task.senders.items() if rank != task.owner)

@@ -64,7 +64,7 @@ SLOW = [pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS if plan not
 @pytest.mark.parametrize("plan", ["fsdp 2", "pp 2", *SLOW])
 def test_a_plan_sees_what_one_process_sees(plan, tmp_path):
     want, said, reports, _, tensors = one_process()
-    results = run(watched, world_size=2, timeout=300, plan=PLANS[plan], folder=tmp_path, **SPOILT)
+    results = run(watched, world_size=2, timeout=900, plan=PLANS[plan], folder=tmp_path, **SPOILT)
     for lines, told, theirs, state, _ in results:
         assert lines == results[0][0] and state == results[0][3] and told == results[0][1]
         for got, exact in zip(lines, want, strict=True):

@@ -160,6 +160,8 @@ def draw_groups(draw: Draw) -> None:
     top_groups = draw.rng.randint(1, max(1, n_groups - 1))
     draw.each("moe", n_experts=n_groups * per_group, top_k=draw.rng.randint(1, min(4, top_groups * per_group)))
     draw.each("moe__router", n_groups=n_groups, top_groups=top_groups)
+    if n_groups == 1:  # a device would be all experts
+        draw.each("moe__router__device_loss", device=0.0, communication=0.0)
     draw_experts(draw, shared=(1, 2))
 
 

@@ -47,7 +47,9 @@ def test_olmo_2_decays_all_but_the_embedding():
 def test_one_matrix_that_is_embedding_and_head_is_an_embedding():
     config = compose("smollm3_tiny")
     assert config.tied and not any(groups.role(name, config=config) is Role.head for name in shapes(config))
-    assert not groups.group("embed.weight", (9, 9), config=config, kind="adamw", no_decay=[Role.embedding]).decays
+    assert not groups.group(
+        "embed.weight", (9, 9), config=config, kind=OptimKind.adamw, no_decay=[Role.embedding]
+    ).decays
 
 
 @pytest.mark.parametrize("settings", [ADAMW, MUON])

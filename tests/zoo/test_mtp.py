@@ -27,10 +27,10 @@ DELTA = {"n_k_heads": 4, "n_v_heads": 8, "k_dim": 6, "v_dim": 5}
 
 def small(family: str, *, depths: int) -> Decoder:
     """A family's model with every number random, in float64."""
-    moe = EXPERTS | ({} if family == "glm45" else {"d_shared": 12})
+    moe = EXPERTS | {"d_shared": 16}  # a multiple of d_expert, as exports need it
     parts = {
         "deepseek_v3": {"mla": MLA, "mlp": {"d_ff": 24}, "moe": moe | {"router__n_groups": 4, "router__top_groups": 2}},
-        "glm45": attention() | {"moe": moe | {"d_shared": 12}},
+        "glm45": attention() | {"moe": moe},
         "qwen3_next": attention() | {"deltanet": DELTA, "moe": moe},
     }[family]
     layers = 4 if family == "qwen3_next" else 3  # so that the last has attention, as in the published model

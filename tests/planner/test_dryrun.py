@@ -30,11 +30,6 @@ from zoo.dispatch import Dispatcher
 
 FP32, MIXED = PrecisionConfig(Dtype.fp32, Dtype.fp32), PrecisionConfig(Dtype.fp32, Dtype.bf16)
 ADAMW = OptimConfig(kind=OptimKind.adamw, lr=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
-MUON = replace(
-    ADAMW,
-    kind=OptimKind.muon,
-    muon=MuonConfig(momentum=0.95, nesterov=True, ns_steps=5, coefficients=[3.4445, -4.775, 2.0315], update_rms=0.2),
-)
 LAPTOP = HardwareConfig("laptop", DeviceKind.cpu, 8.0, 1.0, 0.5, 0.5, 0.05, 8, 10.0, 1.0)
 H100 = HardwareConfig("h100", DeviceKind.cuda, 79.1, 3.0, 989.0, 67.0, 3.35, 8, 450.0, 50.0)
 LENGTH = 128

@@ -17,7 +17,7 @@ from trainer.muon import Muon, Weight
 RANKS = 3
 CASES = {
     "one row": [((1, 6), 0)],
-    "fewer matrices than ranks": [((5, 3), 0), ((2, 9), 0)],
+    "fewer matrices than ranks": [((5, 3), 0), ((1, 9), 0)],
     "unequally many": [((4, 7), 0)] * 5,
     "experts on two of three": [((2, 6, 4), 0), ((4, 4), 0)],
     "experts cut inside": [((2, 6, 4), 1), ((7, 6, 4), 0)],

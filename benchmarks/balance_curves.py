@@ -74,7 +74,7 @@ def picture(found: Found, path: Path) -> None:
     losses = {kind: [c.validation() for c in curves] for kind, curves in found.items()}
     panels = [
         Panel("fullest expert of the worst layer", "load over mean, of 20 updates", worst, line=(1.25, "1.25")),
-        Panel("each seed and their mean", "validation loss, nats", losses, limits=(4.5, 6.5)),
+        Panel("each seed and their mean", "validation loss, nats", losses, limits=(4.25, 6.5)),
     ]
     draw(panels, path)
 

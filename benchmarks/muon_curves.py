@@ -65,9 +65,9 @@ def picture(found: Found, path: Path) -> None:
     chosen = {kind: best(found[kind]) for kind in KINDS}
     curves = {f"{kind}, lr {chosen[kind]:g}": [c.validation() for c in found[kind][chosen[kind]]] for kind in KINDS}
     level = statistics.mean(curve.final for curve in found["adamw"][chosen["adamw"]])
-    main = Panel("three seeds each", "validation loss, nats", curves, line=(level, "adamw's last"), limits=(4.5, 6.5))
+    main = Panel("three seeds each", "validation loss, nats", curves, line=(level, "adamw's last"), limits=(4.25, 6.5))
     grid = {f"{kind}, lr {rate:g}": [found[kind][rate][0].validation()] for kind in KINDS for rate in RATES}
-    draw([main, Panel("the grid, one seed", "validation loss, nats", grid, limits=(4.5, 6.5))], path)
+    draw([main, Panel("the grid, one seed", "validation loss, nats", grid, limits=(4.25, 6.5))], path)
 
 
 def main() -> None:
